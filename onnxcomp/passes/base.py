@@ -1,0 +1,95 @@
+"""What a pass is: it declares what it does, proposes options, and applies chosen ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+
+from onnxcomp.model import Array, Model
+
+if TYPE_CHECKING:
+    from onnxcomp.analysis import Analysis
+    from onnxcomp.draft import Draft
+
+Arrays = Mapping[str, Array]
+
+
+class Need(StrEnum):
+    """What a pass cannot work without."""
+
+    SAMPLES = "samples"
+    LABELS = "labels"
+    TORCH = "torch"
+
+
+@dataclass(frozen=True, order=True)
+class Option:
+    """One thing that can be done at one place.
+
+    Attributes:
+        method: Name of the pass.
+        target: First output of a node, or name of a channel group.
+        form: Which of the pass's forms, such as "spatial"; "" where there is only one.
+        size: Ranks or width that remain; () where nothing is to choose.
+    """
+
+    method: str
+    target: str
+    form: str = ""
+    size: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        size = "x".join(str(s) for s in self.size)
+        return (
+            f"{self.method}({self.target}{', ' * bool(self.form)}{self.form}"
+            f"{', ' * bool(size)}{size})"
+        )
+
+
+@dataclass(frozen=True, order=True)
+class Refusal:
+    """A place where a pass does nothing, and why."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Everything a pass could do with a model, and what it will not do."""
+
+    options: tuple[Option, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """One kind of graph rewriting; a frozen dataclass whose fields are its parameters."""
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+    needs: ClassVar[frozenset[Need]]
+
+    def propose(self, facts: Analysis, /) -> Proposal:
+        """Return all options and refusals; pure and deterministic."""
+        ...
+
+    def apply(self, draft: Draft, chosen: Mapping[Option, Arrays], /) -> None:
+        """Write chosen options, with the arrays that were solved for them, into a draft."""
+        ...
+
+
+def run_exact(pass_: Pass, facts: Analysis) -> tuple[Model, Proposal]:
+    """Apply everything that an exact pass proposes.
+
+    Returns:
+        The new model, or the same object where nothing was proposed, and the proposal.
+    """
+    proposal = pass_.propose(facts)
+    if not proposal.options:
+        return facts.model, proposal
+    draft = facts.model.edit()
+    pass_.apply(draft, {option: {} for option in proposal.options})
+    return draft.seal(by=pass_.name), proposal

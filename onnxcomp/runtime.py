@@ -1,0 +1,209 @@
+"""Onnxruntime sessions: the only file, besides `bench.py`, that opens them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from onnxcomp.errors import ExecutionError
+from onnxcomp.model import Array, Model, Value, fill
+
+_SMALL_ELEMENTS = 256
+_FATAL = 4  # errors reach the caller as exceptions; nothing is printed beside them
+_log = logging.getLogger(__name__)
+
+
+class Session:
+    """One onnxruntime session on a model, with its weights lent, not copied, to it.
+
+    Args:
+        model: The model to run.
+        optimize: All graph optimisations (as deployed), or none (as written).
+        threads: Intra-op threads.
+
+    Raises:
+        ExecutionError: Onnxruntime refuses the model.
+    """
+
+    def __init__(self, model: Model, *, optimize: bool = True, threads: int = 1) -> None:
+        options = session_options(optimize=optimize, threads=threads)
+        proto = model.to_proto(external=True)
+        lent: dict[str, ort.OrtValue] = {}
+        for tensor in proto.graph.initializer:
+            array = model.weights.get(tensor.name)
+            if array is None:
+                continue
+            if array.size <= _SMALL_ELEMENTS:
+                fill(tensor, array)
+                continue
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value="lent")
+            lent[tensor.name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        if lent:
+            options.add_external_initializers(list(lent), list(lent.values()))
+        try:
+            self._session = ort.InferenceSession(
+                proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise ExecutionError(
+                f"onnxruntime cannot load the model: {_reason(error)}"
+            ) from error
+        self.input_names = tuple(v.name for v in self._session.get_inputs())
+        self.output_names = tuple(v.name for v in self._session.get_outputs())
+
+    @property
+    def output_types(self) -> Mapping[str, str]:
+        """Onnxruntime's own names of the output types, such as `tensor(float)`."""
+        return {v.name: v.type for v in self._session.get_outputs()}
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once and return all outputs by name.
+
+        Raises:
+            ExecutionError: Onnxruntime fails on these inputs.
+        """
+        try:
+            values = self._session.run(None, dict(feeds))
+        except Exception as error:
+            raise ExecutionError(
+                f"onnxruntime cannot run the model: {_reason(error)}"
+            ) from error
+        return dict(zip(self.output_names, values, strict=True))
+
+
+def session_options(*, optimize: bool, threads: int) -> ort.SessionOptions:
+    """Return the options that every session of onnxcomp uses.
+
+    Denormals are flushed, as pruned weights produce them and they distort latency.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = (
+        levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    )
+    return options
+
+
+@dataclass(frozen=True)
+class TensorFact:
+    """What one run showed of a tensor.
+
+    Attributes:
+        dtype: Its dtype.
+        shape: Its shape in that run.
+        value: Its value, where it is an integer tensor of at most 256 elements that is
+            not a weight (shape arithmetic).
+    """
+
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+    value: Array | None = None
+
+
+def capture_tensors(model: Model, feeds: Mapping[str, Array]) -> dict[str, TensorFact]:
+    """Run a model once and return dtype and shape of every tensor of its main graph.
+
+    Shapes are taken by a `Shape` node per tensor, so that memory stays that of an ordinary
+    run.  Tensors that are no plain tensors (sequences, optionals) are left out.
+
+    Args:
+        model: The model.
+        feeds: One feed for all its inputs.
+
+    Returns:
+        Facts by tensor name: inputs, weights and inner tensors.
+    """
+    types = _tensor_types(model)
+    names = [name for name in types if name in model.producers]
+    integers = [n for n in names if np.issubdtype(types[n], np.integer)]
+    facts = {
+        name: TensorFact(array.dtype, array.shape) for name, array in model.weights.items()
+    }
+    facts.update({n: TensorFact(a.dtype, a.shape) for n, a in feeds.items()})
+    probe = _with_shapes(model, names)
+    result = Session(probe, optimize=False).run(feeds)
+    shapes = {n: tuple(int(d) for d in result[_shape_name(n)]) for n in names}
+    small = [n for n in integers if np.prod(shapes[n], dtype=np.int64) <= _SMALL_ELEMENTS]
+    values = Session(with_outputs(model, small), optimize=False).run(feeds) if small else {}
+    facts.update({n: TensorFact(types[n], shapes[n], values.get(n)) for n in names})
+    return facts
+
+
+def with_outputs(model: Model, names: Sequence[str]) -> Model:
+    """Return the same model with other outputs, for capturing inner tensors."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.skeleton)
+    declared = {v.name: v for v in proto.graph.output}
+    outputs = [declared.get(n, onnx.ValueInfoProto(name=n)) for n in names]
+    copies = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in outputs]
+    del proto.graph.output[:]
+    proto.graph.output.extend(copies)
+    return Model(proto, model.weights)
+
+
+def inner_value(name: str, fact: TensorFact) -> Value:
+    """Return the declaration under which an inner tensor can be fed, all dims free."""
+    return Value(name, fact.dtype, (None,) * len(fact.shape))
+
+
+def _with_shapes(model: Model, names: Sequence[str]) -> Model:
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.skeleton)
+    del proto.graph.output[:]
+    for name in names:
+        proto.graph.node.append(onnx.helper.make_node("Shape", [name], [_shape_name(name)]))
+        proto.graph.output.append(onnx.ValueInfoProto(name=_shape_name(name)))
+    return Model(proto, model.weights)
+
+
+def _shape_name(name: str) -> str:
+    return name + "::shape"
+
+
+def _tensor_types(model: Model) -> dict[str, np.dtype[np.generic]]:
+    """Return the dtype of every inner tensor, as onnxruntime infers it."""
+    names = [name for node in model.nodes for name in node.outputs if name]
+    types = Session(with_outputs(model, names), optimize=False).output_types
+    found: dict[str, np.dtype[np.generic]] = {}
+    for name in names:
+        kind = types[name]
+        if kind in _DTYPES:
+            found[name] = _DTYPES[kind]
+        else:
+            _log.info("tensor '%s' of type %s is not captured", name, kind)
+    return found
+
+
+_DTYPES = {
+    f"tensor({name})": np.dtype(dtype)
+    for name, dtype in {
+        "float": np.float32,
+        "float16": np.float16,
+        "double": np.float64,
+        "bool": np.bool_,
+        "int8": np.int8,
+        "int16": np.int16,
+        "int32": np.int32,
+        "int64": np.int64,
+        "uint8": np.uint8,
+        "uint16": np.uint16,
+        "uint32": np.uint32,
+        "uint64": np.uint64,
+    }.items()
+}
+
+
+def _reason(error: Exception) -> str:
+    """Return onnxruntime's message in one line, without its status prefix."""
+    text = " ".join(str(error).split())
+    return text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
