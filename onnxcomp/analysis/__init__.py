@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 
+from onnxcomp.analysis.cost import Cost, node_costs, total_cost
+from onnxcomp.analysis.linear import Linear, find_linears
 from onnxcomp.analysis.probe import probe_feeds
 from onnxcomp.model import Array, Model
 from onnxcomp.runtime import TensorFact, capture_tensors
@@ -38,3 +40,27 @@ class Analysis:
     def tensors(self) -> Mapping[str, TensorFact]:
         """Dtype and shape of every tensor, from one run on `feeds`."""
         return capture_tensors(self.model, self.feeds)
+
+    @cached_property
+    def linears(self) -> Mapping[str, Linear]:
+        """The linear nodes by id, in file order."""
+        return {linear.id: linear for linear in self._linears[0]}
+
+    @property
+    def not_linear(self) -> Mapping[str, str]:
+        """Why a Conv, ConvTranspose, Gemm or MatMul is not treated as a linear node."""
+        return self._linears[1]
+
+    @cached_property
+    def _linears(self) -> tuple[tuple[Linear, ...], dict[str, str]]:
+        return find_linears(self.model, self.tensors)
+
+    @cached_property
+    def costs(self) -> Mapping[str, Cost]:
+        """Parameters, MACs and bytes of every node."""
+        return node_costs(self.model, self.tensors, self.linears)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Parameters, MACs and bytes of the whole model."""
+        return total_cost(self.costs)
