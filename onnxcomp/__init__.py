@@ -1,0 +1,20 @@
+"""Make trained ONNX CNNs smaller and faster after training, and measure what that cost."""
+
+from onnxcomp.errors import OnnxcompError
+from onnxcomp.loading import load
+from onnxcomp.model import Model
+from onnxcomp.samples import Samples, load_samples
+from onnxcomp.search.allocation import Limits
+from onnxcomp.search.run import Result, Settings, compress
+
+__all__ = [
+    "Limits",
+    "Model",
+    "OnnxcompError",
+    "Result",
+    "Samples",
+    "Settings",
+    "compress",
+    "load",
+    "load_samples",
+]

@@ -48,6 +48,18 @@ class Draft:
         """The weights as they stand now."""
         return self._weights
 
+    def op(self, node_id: str) -> str:
+        """Return a node's operator."""
+        return str(self._node(node_id).op)
+
+    def attributes(self, node_id: str) -> dict[str, Any]:
+        """Return a copy of a node's attributes."""
+        return dict(self._node(node_id).attrs)
+
+    def inputs(self, node_id: str) -> tuple[str, ...]:
+        """Return the names of a node's inputs."""
+        return tuple(tensor.name for tensor in self._node(node_id).inputs)
+
     def set_weight(self, name: str, value: Array) -> None:
         """Replace a weight for all its readers; the dtype stays, the shape may change."""
         old = self._weights[name]

@@ -103,8 +103,8 @@ class Model:
     Args:
         skeleton: ModelProto whose weights carry name, dtype and dims, but no payload.
         weights: Arrays of all initializers that NumPy can hold, by name.
-        path: Where the model was read from.
-        file_bytes: Size of that file with its external data, in bytes.
+        files: The files it was read from, which `save` never overwrites.
+        file_bytes: Their size in bytes.
         foreign_ops: Operators outside the ONNX domain, as "domain::op".
     """
 
@@ -113,13 +113,13 @@ class Model:
         skeleton: onnx.ModelProto,
         weights: Mapping[str, Array],
         *,
-        path: Path | None = None,
+        files: tuple[Path, ...] = (),
         file_bytes: int | None = None,
         foreign_ops: tuple[str, ...] = (),
     ) -> None:
         self.skeleton = skeleton
         self.weights: Mapping[str, Array] = MappingProxyType(dict(weights))
-        self.path = path
+        self.files = files
         self.foreign_ops = foreign_ops
         self._file_bytes = file_bytes
 
@@ -130,7 +130,7 @@ class Model:
         *,
         external: Mapping[str, Array] | None = None,
         consume: bool = False,
-        path: Path | None = None,
+        files: tuple[Path, ...] = (),
         file_bytes: int | None = None,
         foreign_ops: tuple[str, ...] = (),
     ) -> Model:
@@ -140,8 +140,8 @@ class Model:
             proto: The model; initializers named in `external` may lack their payload.
             external: Arrays of initializers whose payload lies outside `proto`.
             consume: Take the payloads out of `proto` itself instead of copying it first.
-            path: Where it was read from.
-            file_bytes: Size of its file or files.
+            files: The files it was read from.
+            file_bytes: Their size.
             foreign_ops: Operators outside the ONNX domain.
 
         Returns:
@@ -161,7 +161,7 @@ class Model:
             weights[tensor.name] = array
             for payload in _PAYLOADS:
                 tensor.ClearField(payload)
-        return cls(proto, weights, path=path, file_bytes=file_bytes, foreign_ops=foreign_ops)
+        return cls(proto, weights, files=files, file_bytes=file_bytes, foreign_ops=foreign_ops)
 
     def to_proto(self, *, external: bool = False) -> onnx.ModelProto:
         """Return a complete ModelProto; with `external`, weights stay without payload."""
@@ -174,9 +174,10 @@ class Model:
 
     def save(self, path: str | Path) -> None:
         """Write the model atomically; past 1.9 GB the weights go to `<name>.data`."""
-        from onnxcomp.loading import save
+        from onnxcomp.loading import write_model
 
-        save(self, path)
+        proto = self.to_proto(external=True)
+        write_model(proto, path, inputs=self.files, external=self.weights)
 
     def edit(self) -> Draft:
         """Return a private draft of this model."""
@@ -227,6 +228,11 @@ class Model:
     def output_names(self) -> frozenset[str]:
         """Names of the graph's outputs."""
         return frozenset(v.name for v in self.skeleton.graph.output)
+
+    @property
+    def path(self) -> Path | None:
+        """The file it was read from, if any."""
+        return self.files[0] if self.files else None
 
     @property
     def opset(self) -> int:

@@ -16,6 +16,7 @@ from onnxcomp.model import Array, Model, Value, fill
 _SMALL_ELEMENTS = 256
 _FATAL = 4  # errors reach the caller as exceptions; nothing is printed beside them
 _log = logging.getLogger(__name__)
+ort.disable_telemetry_events()
 
 
 class Session:
@@ -81,6 +82,8 @@ def session_options(*, optimize: bool, threads: int) -> ort.SessionOptions:
     """Return the options that every session of onnxcomp uses.
 
     Denormals are flushed, as pruned weights produce them and they distort latency.
+    Onnxruntime applies this once per process, so all sessions must ask for it; from the
+    first one on, NumPy on the same thread flushes them too.
     """
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 
+from onnxcomp.analysis.channels import Channels, find_channels
 from onnxcomp.analysis.cost import Cost, node_costs, total_cost
 from onnxcomp.analysis.linear import Linear, find_linears
 from onnxcomp.analysis.probe import probe_feeds
@@ -64,3 +65,8 @@ class Analysis:
     def cost(self) -> Cost:
         """Parameters, MACs and bytes of the whole model."""
         return total_cost(self.costs)
+
+    @cached_property
+    def channels(self) -> Channels:
+        """Which channels vanish together, and which must stay and why."""
+        return find_channels(self.model, self.tensors)

@@ -85,6 +85,28 @@ class Stream:
             return [self._weights.get(name, self.model.weights[name])] * len(self._held)
         return [held[name] for held in self._held]
 
+    def peek(self, name: str) -> list[Array]:
+        """Return a tensor that follows from what is held, without moving on."""
+        if name in self._held[0]:
+            return self.batches(name)
+        session = self.tail([], [name])
+        return [
+            session.run({n: held[n] for n in session.input_names})[name]
+            for held in self._held
+        ]
+
+    def depends(self, name: str) -> set[str]:
+        """Return the nodes that must still run to make a tensor."""
+        wanted, found = [name], set[str]()
+        while wanted:
+            tensor = wanted.pop()
+            node = self.model.producers.get(tensor)
+            if tensor in self._held[0] or node is None or node.id in found:
+                continue
+            found.add(node.id)
+            wanted += [*node.inputs, *node.captured]
+        return found
+
     def held(self) -> list[dict[str, Array]]:
         """Return everything held now, per batch."""
         return self._held

@@ -76,8 +76,11 @@ class Pass(Protocol):
         """Return all options and refusals; pure and deterministic."""
         ...
 
-    def apply(self, draft: Draft, chosen: Mapping[Option, Arrays], /) -> None:
-        """Write chosen options, with the arrays that were solved for them, into a draft."""
+    def apply(self, draft: Draft, facts: Analysis, chosen: Mapping[Option, Arrays], /) -> None:
+        """Write chosen options, with the arrays that were solved for them, into a draft.
+
+        It decides nothing; `facts` are those that the options were proposed from.
+        """
         ...
 
 
@@ -91,5 +94,5 @@ def run_exact(pass_: Pass, facts: Analysis) -> tuple[Model, Proposal]:
     if not proposal.options:
         return facts.model, proposal
     draft = facts.model.edit()
-    pass_.apply(draft, {option: {} for option in proposal.options})
+    pass_.apply(draft, facts, {option: {} for option in proposal.options})
     return draft.seal(by=pass_.name), proposal

@@ -122,7 +122,7 @@ class Factorize:
         }
         return arrays, found.dense().reshape(kernel.shape)
 
-    def apply(self, draft: Draft, chosen: Mapping[Option, Arrays], /) -> None:
+    def apply(self, draft: Draft, facts: Analysis, chosen: Mapping[Option, Arrays], /) -> None:
         """Replace the nodes of `chosen` by their chains."""
         for option, arrays in chosen.items():
             _replace(draft, option, [arrays[str(index)] for index in range(len(arrays))])

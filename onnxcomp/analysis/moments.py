@@ -1,0 +1,95 @@
+"""Second moments of a linear node's input patches and targets, from sampled positions.
+
+About 40 rows per input of the map, at least 20,000, are drawn uniformly over samples and
+positions; a map of more inputs than rows (the first fully connected layer of a VGG) keeps the
+rows instead of their Gram matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxcomp.analysis.linear import Linear
+from onnxcomp.model import Array
+from onnxcomp.numerics.moments import Moments, MomentsBuilder, RowMoments
+
+_ROWS_PER_INPUT = 40
+_MIN_ROWS = 20_000
+_MAX_DENSE = 8_192
+_MAX_KEPT_ROWS = 8_192
+Index = npt.NDArray[np.int64]
+SecondMoments = Moments | RowMoments
+
+
+def collect_moments(
+    linear: Linear,
+    xs: Sequence[Array],
+    ys: Sequence[Array],
+    rng: np.random.Generator,
+    *,
+    inputs: Index | None = None,
+    outputs: Index | None = None,
+) -> tuple[SecondMoments, ...]:
+    """Return the moments of a linear node, one entry per group.
+
+    Args:
+        linear: The node.
+        xs: Its data input, one array per batch.
+        ys: Targets with the layout of its output, one array per batch.
+        rng: Draws the positions.
+        inputs: Channels of x to use, sorted; all if None.
+        outputs: Channels of y to use, sorted; all if None.
+
+    Returns:
+        Moments over (input channel, kernel position) in this order, or rows.
+    """
+    inputs = np.arange(linear.in_channels) if inputs is None else inputs
+    outputs = np.arange(linear.out_channels) if outputs is None else outputs
+    groups = grouped(linear, inputs, outputs)
+    d = max(len(c) for c, _ in groups) * linear.spatial
+    available = sum(y.size // y.shape[linear.y_axis] for y in ys)
+    rows = min(max(_ROWS_PER_INPUT * d, _MIN_ROWS), available)
+    dual = d > _MAX_DENSE or rows < d // 2
+    rows = min(rows, _MAX_KEPT_ROWS) if dual else rows
+    builders = [_Builder(len(c) * linear.spatial, len(m), dual) for c, m in groups]
+    for index, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        share = rows * (index + 1) // len(xs) - rows * index // len(xs)
+        patches, targets = linear.patches(x, y, share, rng)
+        for builder, (c, m) in zip(builders, groups, strict=True):
+            block = patches[:, c] if len(c) < patches.shape[1] else patches
+            builder.add(block.reshape(len(patches), -1), targets[:, m])
+    return tuple(builder.finish() for builder in builders)
+
+
+def grouped(linear: Linear, inputs: Index, outputs: Index) -> list[tuple[Index, Index]]:
+    """Return the given input and output channels of every group that has some."""
+    per_in = linear.in_channels // linear.groups
+    per_out = linear.out_channels // linear.groups
+    pairs = [
+        (inputs[inputs // per_in == g], outputs[outputs // per_out == g])
+        for g in range(linear.groups)
+    ]
+    return [(c, m) for c, m in pairs if len(c) and len(m)]
+
+
+class _Builder:
+    """Gathers rows as they are, or as sums."""
+
+    def __init__(self, d: int, m: int, dual: bool) -> None:
+        self._sums = None if dual else MomentsBuilder(d, m)
+        self._rows: list[tuple[Array, Array]] = []
+
+    def add(self, x: Array, y: Array) -> None:
+        if self._sums is not None:
+            self._sums.add(x, y)
+        else:
+            self._rows.append((x.copy(), y))
+
+    def finish(self) -> SecondMoments:
+        if self._sums is not None:
+            return self._sums.finish()
+        x, y = (np.concatenate(part) for part in zip(*self._rows, strict=True))
+        return RowMoments.of(x, y)

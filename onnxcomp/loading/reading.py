@@ -1,0 +1,193 @@
+"""Reading a model file that nobody vouches for.
+
+The order matters: path, bounded read, wire format, parse, structure, tensors, operators,
+sizes. No library but the protobuf parser has touched the model when all of it has passed;
+the checker and onnxruntime then see it first in a bounded child process (`sandbox.py`).
+"""
+
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy.typing as npt
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx import numpy_helper
+
+from onnxcomp.errors import InvalidModelError, OnnxcompError
+from onnxcomp.loading.constants import Constants, all_constants
+from onnxcomp.loading.expansion import check_expansion
+from onnxcomp.loading.limits import LoadLimits
+from onnxcomp.loading.operators import check_node
+from onnxcomp.loading.sizes import check_sizes
+from onnxcomp.loading.structure import DEFAULT_DOMAINS, Structure, describe, walk
+from onnxcomp.loading.tensors import (
+    FLOAT_TYPES,
+    Demand,
+    ExternalData,
+    check_tensor,
+    is_external,
+    pieces_of,
+)
+from onnxcomp.loading.wire import check_wire_format
+
+# Operators whose constant inputs are weights; elsewhere -inf is an ordinary mask.
+_WEIGHTED = frozenset(
+    {"BatchNormalization", "Conv", "ConvTranspose", "DeformConv", "GRU", "Gemm"}
+    | {"GroupNormalization", "InstanceNormalization", "LSTM", "LayerNormalization"}
+    | {"MatMul", "PRelu", "RNN"}
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model file that passed every check which needs no runtime.
+
+    Attributes:
+        proto: The model, its nodes in topological order. Initializers with an array in
+            `external` keep name, dtype and dims, and have no payload.
+        external: Read-only memory-mapped arrays of the initializers whose data lie outside
+            the model file, by name.
+        path: The file that was read, links resolved.
+        files: That file and its external data files, none of which may be overwritten.
+        file_bytes: Size of all of them.
+        foreign_ops: Operators outside the ONNX domain, as "domain::operator", sorted.
+        reordered: The nodes in the file were not in topological order.
+        warnings: What was put right, one sentence each.
+    """
+
+    proto: onnx.ModelProto
+    external: Mapping[str, npt.NDArray[Any]]
+    path: Path
+    files: tuple[Path, ...]
+    file_bytes: int
+    foreign_ops: tuple[str, ...]
+    reordered: bool
+    warnings: tuple[str, ...]
+
+
+def read_model(
+    path: str | os.PathLike[str], *, limits: LoadLimits | None = None
+) -> LoadedModel:
+    """Read and check a model file with its external data.
+
+    Args:
+        path: An ONNX file; links to it are followed, links in its external data are not.
+        limits: What the file may ask for; the defaults of `LoadLimits` if None.
+
+    Returns:
+        The parsed model.
+
+    Raises:
+        InvalidModelError: The file cannot be read, is broken, or breaks a limit.
+        UnsupportedModelError: The file is sound, but has what onnxcomp does not read.
+    """
+    limits = limits or LoadLimits()
+    try:
+        resolved = Path(os.path.realpath(path))
+        data = _read(resolved, limits)
+        check_wire_format(data, limits)
+        size, proto = len(data), _parse(data)
+        del data
+        return _check(proto, resolved, size, limits)
+    except OnnxcompError as error:
+        raise type(error)(f"{os.fspath(path)}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise InvalidModelError(f"{os.fspath(path)!r} cannot be read: {error}") from error
+
+
+def _read(path: Path, limits: LoadLimits) -> bytes:
+    """Return the bytes of an ordinary file, looked at only after it was opened."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as stream:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidModelError("not an ordinary file")
+        if status.st_size == 0:
+            raise InvalidModelError("the file is empty")
+        if status.st_size > limits.model_bytes:
+            raise InvalidModelError(
+                f"the file has {status.st_size} bytes; "
+                f"at most {limits.model_bytes} are allowed"
+            )
+        data = stream.read(status.st_size + 1)
+    if len(data) != status.st_size:
+        raise InvalidModelError("the file changed while it was read")
+    return data
+
+
+def _parse(data: bytes) -> onnx.ModelProto:
+    try:
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
+        return proto
+    except DecodeError as error:
+        raise InvalidModelError(f"not a readable ONNX file ({error})") from error
+
+
+def _check(proto: onnx.ModelProto, path: Path, size: int, limits: LoadLimits) -> LoadedModel:
+    structure = walk(proto, limits)
+    with ExternalData(path.parent, size, limits) as external:
+        _check_tensors(structure, external, limits)
+        constants = all_constants(structure, external.arrays)
+        check_expansion(structure, constants, limits)
+        for body, known in zip(structure.bodies, constants, strict=True):
+            for node in body.proto.node:
+                check_node(node, body, structure, known, limits)
+            check_sizes(body, known, limits)
+        _check_values(structure, constants, external)
+        return LoadedModel(
+            proto=proto,
+            external=MappingProxyType(external.arrays),
+            path=path,
+            files=(path, *external.files),
+            file_bytes=external.total_bytes,
+            foreign_ops=structure.foreign_ops(),
+            reordered=bool(structure.warnings),
+            warnings=structure.warnings,
+        )
+
+
+def _check_tensors(structure: Structure, external: ExternalData, limits: LoadLimits) -> None:
+    """Check all tensors of a model and take the references to external data out of it."""
+    main = structure.bodies[0]
+    for body in structure.bodies:
+        tensors = [(f"initializer '{t.name}'", t, body is main) for t in body.initializers]
+        for node in body.proto.node:
+            for attribute in node.attribute:
+                where = f"tensor '{attribute.name}' of {describe(node)}"
+                held = [attribute.t] if attribute.HasField("t") else []
+                tensors += [(where, tensor, False) for tensor in (*held, *attribute.tensors)]
+        for where, tensor, top in tensors:
+            size = check_tensor(tensor, where, limits)
+            if is_external(tensor):
+                external.resolve(tensor, size, where, top=top)
+    external.check_overlaps()
+
+
+def _check_values(
+    structure: Structure, constants: Sequence[Constants], external: ExternalData
+) -> None:
+    """Refuse NaN in any constant, infinity in weights and negative variances."""
+    nodes = [
+        node
+        for body in structure.bodies
+        for node in body.proto.node
+        if node.op_type in _WEIGHTED and node.domain in DEFAULT_DOMAINS
+    ]
+    weights = {name for node in nodes for name in node.input}
+    variances = {node.input[4] for node in nodes if node.op_type == "BatchNormalization"}
+
+    def demand(name: str) -> Demand:
+        return Demand(finite=name in weights, positive=name in variances)
+
+    for name in external.arrays:
+        external.check_values(name, demand(name))
+    for known in constants:
+        for name, tensor in known.own():
+            if tensor.data_type in FLOAT_TYPES:
+                array = numpy_helper.to_array(tensor)
+                demand(name).check(pieces_of(array), f"tensor '{name}'")

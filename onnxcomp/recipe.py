@@ -1,0 +1,250 @@
+"""Recipes: the settings of a run as YAML, written next to every result and read back.
+
+A flag beats the recipe, the recipe beats the default.  Under `provenance` a recipe says what
+it was made from and with; that part is not read back.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from onnxcomp.errors import ParameterError
+from onnxcomp.search.allocation import Limits
+from onnxcomp.search.run import Settings
+
+SCHEMA_VERSION = 1
+_MAX_BYTES = 64 * 1024
+_UNITS = {
+    "": 1.0,
+    "b": 1.0,
+    "%": 0.01,
+    **{prefix: 1000.0**power for power, prefix in enumerate("kmgt", start=1)},
+    **{prefix + "b": 1000.0**power for power, prefix in enumerate("kmgt", start=1)},
+    **{prefix + "ib": 1024.0**power for power, prefix in enumerate("kmgt", start=1)},
+}
+_QUANTITY = re.compile(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z%]*)")
+
+
+def parse_quantity(text: str) -> float:
+    """Return a number with an optional unit: "0.5", "50%", "20M", "1.5MB", "1MiB".
+
+    Raises:
+        ParameterError: It is no positive number, has another unit, or is above 100 %.
+    """
+    match = _QUANTITY.fullmatch(text.strip())
+    unit = "" if match is None else match[2].lower()
+    if match is not None and unit in _UNITS:
+        try:
+            value = float(match[1]) * _UNITS[unit]
+        except ValueError:
+            value = 0.0
+        if 0 < value < math.inf and not (unit == "%" and value > 1):
+            return value
+    raise ParameterError(
+        f"'{text}' is no positive number with one of the units % (at most 100 %), k, M, G, "
+        "B, kB, MB, GB, KiB, MiB, GiB"
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe file asks for.
+
+    Attributes:
+        where: The file, for messages.
+        settings: Fields of `Settings` that it sets.
+        metric: The metric it names, or None.
+    """
+
+    where: str = "recipe"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    metric: str | None = None
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe.
+
+    Raises:
+        ParameterError: The file cannot be read, is no YAML mapping, or has an unknown key or
+            a value of the wrong type; names the file and the key.
+    """
+    where = str(path)
+    content = _read(Path(path), where)
+    version = content.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise ParameterError(
+            f"{where}: 'schema_version' must be {SCHEMA_VERSION}; got {version!r}"
+        )
+    content.pop("provenance", None)
+    metric = content.pop("metric", None)
+    if not isinstance(metric, str | None):
+        raise ParameterError.of(where, "metric", "a name", metric)
+    known = get_type_hints(Settings)
+    found = {}
+    for key, value in content.items():
+        if key not in known:
+            allowed = ("schema_version", "metric", "provenance", *known)
+            raise ParameterError(
+                f"{where}: unknown key {key!r}; known are {', '.join(sorted(allowed))}"
+            )
+        found[key] = _converted(where, key, value, known[key])
+    return Recipe(where, found, metric)
+
+
+def resolve(
+    recipe: Recipe, given: Mapping[str, Any], flags: Mapping[str, str] | None = None
+) -> Settings:
+    """Return the settings of a run: flags over the recipe over defaults.
+
+    Args:
+        recipe: The recipe; an empty one where there is none.
+        given: Fields of `Settings` set by flags.  `limits` are merged with the recipe's one
+            by one: a flag replaces its own limit only.
+        flags: Name of the flag of each field, for messages.
+
+    Raises:
+        ParameterError: A value is outside what it allows; names the flag or the file.
+    """
+    for key, value in recipe.settings.items():
+        _checked(recipe.where, key, value)
+    for key, value in given.items():
+        _checked((flags or {}).get(key, key), key, value)
+    merged = {**recipe.settings, **given}
+    if "limits" in recipe.settings and "limits" in given:
+        limits, wanted = recipe.settings["limits"], given["limits"]
+        own = {f.name: getattr(wanted, f.name) for f in fields(wanted)}
+        merged["limits"] = replace(limits, **{k: v for k, v in own.items() if v is not None})
+    return Settings(**merged)
+
+
+def dump_recipe(
+    settings: Settings, *, metric: str | None = None, provenance: Mapping[str, Any]
+) -> str:
+    """Return settings as YAML that `load_recipe` reads back to the same ones.
+
+    Args:
+        settings: The resolved settings.
+        metric: Name of the metric.
+        provenance: What the result was made from and with: files with their digests and
+            versions, as plain YAML values.
+    """
+    limits = {f.name: getattr(settings.limits, f.name) for f in fields(settings.limits)}
+    content: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+    content["limits"] = {key: value for key, value in limits.items() if value is not None}
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if item.name != "limits":
+            content[item.name] = list(value) if isinstance(value, tuple) else value
+    content["metric"] = metric
+    content["provenance"] = dict(provenance)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path, where: str) -> dict[str, Any]:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ParameterError(f"{where}: a recipe has at most {_MAX_BYTES} bytes")
+        content = yaml.safe_load(data)
+    except OSError as error:
+        raise ParameterError(f"{where}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if isinstance(error, ParameterError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ParameterError(f"{where}: is no sound YAML: {reason}") from error
+    if not isinstance(content, dict):
+        raise ParameterError(f"{where}: must be a mapping of settings; got {content!r:.40}")
+    return content
+
+
+def _checked(owner: str, key: str, value: Any) -> None:
+    """Try one field alone, so that the message can say where it came from."""
+    try:
+        replace(Settings(), **{key: value})
+    except ParameterError as error:
+        raise ParameterError(f"{owner}: {str(error).partition(': ')[2]}") from error
+
+
+def _converted(where: str, key: str, value: Any, kind: Any) -> Any:
+    """Return a YAML value as the type that a field of `Settings` has."""
+    if kind is Limits:
+        return _limits(where, value)
+    allowed, convert = _KINDS[kind]
+    try:
+        return convert(value)
+    except (ParameterError, TypeError, ValueError) as error:
+        raise ParameterError.of(where, key, allowed, value) from error
+
+
+def _limits(where: str, value: Any) -> Limits:
+    if not isinstance(value, Mapping):
+        raise ParameterError.of(where, "limits", "a mapping", value)
+    known = [f.name for f in fields(Limits)]
+    for key in value:
+        if key not in known:
+            raise ParameterError(
+                f"{where}: unknown key {key!r} in 'limits'; known are {', '.join(known)}"
+            )
+    given = {key: item for key, item in value.items() if item is not None}
+    numbers = {k: _converted(where, f"limits.{k}", item, float) for k, item in given.items()}
+    try:
+        return Limits(**numbers)
+    except ParameterError as error:
+        raise ParameterError(f"{where}: {error}") from error
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):  # YAML 1.1 reads a bare `off` as false
+        return "on" if value else "off"
+    if not isinstance(value, str | int):
+        raise TypeError
+    return str(value)
+
+
+def _optional_text(value: Any) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):
+        return parse_quantity(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise TypeError
+    return tuple(value)
+
+
+_KINDS: Mapping[Any, tuple[str, Callable[[Any], Any]]] = {
+    str: ("a text", _text),
+    str | None: ("a text", _optional_text),
+    int: ("a whole number", _whole),
+    float: ("a number, with a unit or without", _number),
+    bool: ("true or false", _flag),
+    tuple[str, ...]: ("a list of names", _names),
+}

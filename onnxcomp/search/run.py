@@ -1,0 +1,421 @@
+"""`compress`: from a vendor's model and unlabelled samples to a smaller, faster model."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.probe import random_inputs
+from onnxcomp.analysis.target import find_target
+from onnxcomp.bench import Benchmark, is_slower, paired_latency
+from onnxcomp.errors import LimitError, ParameterError, UnsupportedModelError
+from onnxcomp.evaluate import usable_batch
+from onnxcomp.metrics import Metric
+from onnxcomp.model import Array, Model
+from onnxcomp.passes import PASSES
+from onnxcomp.passes.base import Refusal
+from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.remove_channels import RemoveChannels
+from onnxcomp.report import Action, Figures, Report
+from onnxcomp.runtime import Session
+from onnxcomp.samples import Samples, as_samples
+from onnxcomp.search.allocation import Allocator, Limits
+from onnxcomp.search.losses import Losses, LossMeter, Progress
+from onnxcomp.search.space import Plan, Space
+from onnxcomp.search.walk import Walk
+from onnxcomp.search.working import finish, prepare, working_model
+from onnxcomp.validation import Ladder, validate
+
+_log = logging.getLogger(__name__)
+_RANDOM_SAMPLES = 128
+_MEASURED_SAMPLES = 128
+_BATCH = 32
+_SIZE_ROUNDS = 3
+_STATE_BYTES = 8  # of a live float32, in both networks of the walk
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run; written next to the result as its recipe.
+
+    Attributes:
+        limits: What the result may cost.
+        methods: Names of lossy passes to use.
+        target: Built-in profile of the CPU.
+        grid: "auto", "off", or a number whose multiples widths and ranks must be.
+        exclude: Regular expression; nodes whose name or output matches stay as they are.
+        seed: Seed of the split, of sampled positions and of random inputs.
+        threads: Threads of every session, also when latency is measured.
+        memory: Bytes that activations of the fitting samples may take.
+        solver_seconds: Time limit of the knapsack.
+        latency: Whether to measure latency.
+        force: Keep a result that is larger or slower than the input.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    methods: tuple[str, ...] = (RemoveChannels.name, Factorize.name)
+    target: str = "x86-avx512"
+    grid: str = "auto"
+    exclude: str | None = None
+    seed: int = 0
+    threads: int = 1
+    memory: float = 1e9
+    solver_seconds: float = 60.0
+    latency: bool = True
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        lossy = {name for name, kind in PASSES.items() if not kind.exact}
+        for method in self.methods:
+            if method not in lossy:
+                raise ParameterError.choice("Settings", "methods", lossy, method)
+        if self.grid not in ("auto", "off") and not (
+            self.grid.isdigit() and int(self.grid) > 0
+        ):
+            raise ParameterError.of("Settings", "grid", "auto, off or a number", self.grid)
+        if self.threads < 1:
+            raise ParameterError.of("Settings", "threads", "at least 1", self.threads)
+        find_target(self.target)
+        try:
+            re.compile(self.exclude or "")
+        except re.error as error:
+            raise ParameterError.of(
+                "Settings", "exclude", f"a regular expression ({error})", self.exclude
+            ) from error
+
+    @property
+    def step(self) -> int | None:
+        """Step of widths and ranks; None for the target's grid."""
+        return (
+            {"auto": None, "off": 1}.get(self.grid)
+            if not self.grid.isdigit()
+            else int(self.grid)
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` returns.
+
+    Attributes:
+        model: The model to ship.
+        plan: What was done to it.
+        report: Everything that was found and measured.
+        pareto: Predicted points: (share of MACs, predicted loss), best first.
+        met: Whether all limits hold.
+    """
+
+    model: Model
+    plan: Plan
+    report: Report
+    pareto: tuple[tuple[float, float], ...]
+    met: bool
+
+
+def compress(
+    model: Model,
+    data: Samples | Mapping[str, ArrayLike] | ArrayLike | Iterable[Any] | None = None,
+    *,
+    limits: Limits | None = None,
+    settings: Settings | None = None,
+    metric: Metric | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Compress a model after training.
+
+    Args:
+        model: The vendor's model; it is not changed.
+        data: Unlabelled inputs (labels are used by `metric` only); random ones if None.
+        limits: What the result may cost; overrides `settings.limits`.
+        settings: Everything else.
+        metric: Task metric to report; drift is always reported.
+        progress: Called with a label and the share of the phase that is done.
+
+    Returns:
+        The result; where nothing pays, its model is the prepared original.
+
+    Raises:
+        UnsupportedModelError: The model holds what onnxcomp cannot work on.
+        DataError: The samples do not fit the model.
+        ParameterError: A setting is outside what it allows.
+    """
+    settings = settings or Settings()
+    if limits is not None:
+        settings = replace(settings, limits=limits)
+    return _Run(model, data, settings, metric, progress or (lambda *_: None)).result()
+
+
+class _Run:
+    """One run of `compress`: its phases, in order."""
+
+    def __init__(
+        self,
+        model: Model,
+        data: Any,
+        settings: Settings,
+        metric: Metric | None,
+        progress: Progress,
+    ) -> None:
+        if model.foreign_ops:
+            raise UnsupportedModelError(
+                f"operators outside the ONNX domain: {', '.join(model.foreign_ops)}; "
+                "`inspect` shows the model, `compress` cannot judge what they compute"
+            )
+        self._original = model
+        self._settings = settings
+        self._metric = metric
+        self._progress = progress
+        self._notes: list[str] = []
+        self._seconds: dict[str, float] = {}
+        inputs = model.signature.inputs
+        self._user = None if data is None else as_samples(data, inputs)
+        if self._user is None:
+            samples = random_inputs(model, _RANDOM_SAMPLES, seed=settings.seed)
+            self._notes.append("no samples given: fitted and judged on random inputs only")
+        else:
+            samples = self._user
+        if samples.count > 1:
+            self._fit, self._holdout = samples.split(settings.seed)
+        else:
+            self._fit = self._holdout = samples
+            self._notes.append("one sample only: fitted and judged on the same input")
+
+    def result(self) -> Result:
+        """Run all phases."""
+        settings = self._settings
+        prepared, refusals = self._timed("prepare", lambda: prepare(self._original))
+        plain = finish(prepared)
+        base = Analysis(self._original, self._fit, seed=settings.seed)
+        work = working_model(prepared, self._fit, seed=settings.seed)
+        facts = Analysis(work, self._fit, seed=settings.seed, threads=settings.threads)
+        space = self._space(facts)
+        limits = settings.limits.absolute(
+            base.cost.macs, base.cost.params, self._original.file_bytes
+        )
+        plan, candidate = Plan({}, {}, 0.0, facts.cost), plain
+        losses: Losses | None = None
+        met = True
+        if settings.limits != Limits():
+            plan, candidate, losses, met = self._search(space, limits, plain)
+        return self._judge(base, space, plan, candidate, plain, losses, refusals, met)
+
+    def _space(self, facts: Analysis) -> Space:
+        settings = self._settings
+        target, step = find_target(settings.target), settings.step
+        passes = [
+            kind(target=target, step=step)
+            for kind in (RemoveChannels, Factorize)
+            if kind.name in settings.methods
+        ]
+        return Space(
+            facts, [pass_.propose(facts) for pass_ in passes], target, settings.exclude
+        )
+
+    def _search(
+        self, space: Space, limits: Limits, plain: Model
+    ) -> tuple[Plan, Model, Losses, bool]:
+        """Measure, allocate and walk until the written size holds too."""
+        settings = self._settings
+        batches, measured = self._batches(space.facts)
+        meter = LossMeter(
+            space,
+            batches,
+            measured=measured,
+            seed=settings.seed,
+            threads=settings.threads,
+            progress=self._progress,
+        )
+        losses = self._timed("losses", meter.run)
+        allocator = Allocator(space, losses, time_limit_s=settings.solver_seconds)
+        wanted, candidate = limits, plain
+        plan = Plan({}, {}, 0.0, space.facts.cost)
+        for _ in range(_SIZE_ROUNDS):
+            try:
+                plan = self._timed("allocate", partial(allocator.choose, wanted))
+            except LimitError as error:
+                self._notes.append(str(error))
+                plan = self._timed("allocate", partial(allocator.smallest, wanted))
+            if plan.empty:
+                return plan, plain, losses, self._within(plain, limits)
+            walk = Walk(
+                space,
+                plan,
+                losses,
+                batches,
+                seed=settings.seed,
+                threads=settings.threads,
+                progress=self._progress,
+            )
+            candidate = finish(self._timed("walk", walk.run))
+            if limits.size is None or candidate.file_bytes <= limits.size:
+                break
+            excess = candidate.file_bytes - limits.size
+            wanted = replace(wanted, size=(wanted.size or limits.size) - 1.05 * excess)
+        return plan, candidate, losses, self._within(candidate, limits)
+
+    def _within(self, model: Model, limits: Limits) -> bool:
+        cost = Analysis(model, self._fit).cost
+        row = (cost.macs, cost.params, model.file_bytes)
+        return all(found <= limit for found, limit in zip(row, limits.row, strict=True))
+
+    def _batches(self, facts: Analysis) -> tuple[list[Mapping[str, Array]], int]:
+        """Return the feeds that fit the memory, and on how many losses are measured."""
+        model = facts.model
+        live = _live_elements(facts)
+        count = max(int(self._settings.memory / (_STATE_BYTES * max(live, 1))), 1)
+        samples = self._fit
+        if count < samples.count:
+            self._notes.append(
+                f"fitted on {count} of {samples.count} samples to stay within "
+                f"{self._settings.memory / 1e9:.1f} GB of activations"
+            )
+            samples = samples.take(range(count))
+        inputs = model.signature.inputs
+        size = usable_batch([Session(model)], inputs, samples, _BATCH)
+        batches = list(samples.batches(inputs, size))
+        measured, seen = 0, 0
+        while measured < len(batches) and seen < _MEASURED_SAMPLES:
+            seen += batches[measured].count
+            measured += 1
+        return [batch.feed for batch in batches], measured
+
+    def _judge(
+        self,
+        base: Analysis,
+        space: Space,
+        plan: Plan,
+        candidate: Model,
+        plain: Model,
+        losses: Losses | None,
+        refusals: list[Refusal],
+        met: bool,
+    ) -> Result:
+        """Validate, measure, and fall back where the candidate does not pay."""
+        ladder = self._timed("validate", lambda: self._validate(candidate))
+        benchmark = self._timed("latency", lambda: self._latency(candidate))
+        reason = self._regret(plan, candidate, ladder, benchmark)
+        if reason:
+            self._notes.append(f"{reason}; the prepared original was kept")
+            plan, candidate = Plan({}, {}, 0.0, space.facts.cost), plain
+            if plain.file_bytes > self._original.file_bytes:
+                candidate = self._original
+            met = self._settings.limits == Limits()
+            ladder, benchmark = self._validate(candidate), self._latency(candidate)
+        actions, changed = _actions(space, plan, losses)
+        report = Report(
+            original=Figures.of(base, benchmark, 0),
+            result=Figures.of(Analysis(candidate, self._fit), benchmark, 1),
+            actions=actions,
+            refusals=(*space.refusals, *_more(losses), *refusals),
+            ladder=ladder,
+            benchmark=benchmark,
+            notes=tuple(self._notes),
+            seconds=dict(self._seconds),
+            changed_macs=changed / max(base.cost.macs, 1),
+            met=met,
+            settings=self._settings,
+        )
+        return Result(candidate, plan, report, (), met)
+
+    def _validate(self, candidate: Model) -> Ladder:
+        return validate(
+            self._original,
+            candidate,
+            self._holdout if self._user is not None else None,
+            metric=self._metric,
+            threads=self._settings.threads,
+            allow_larger=self._settings.force,
+            seed=self._settings.seed,
+        )
+
+    def _latency(self, candidate: Model) -> Benchmark | None:
+        if not self._settings.latency:
+            return None
+        feeds = next(iter(self._holdout.batches(self._original.signature.inputs, 1))).feed
+        return paired_latency(
+            [self._original, candidate], feeds, threads=self._settings.threads, time_limit_s=20
+        )
+
+    def _regret(
+        self, plan: Plan, candidate: Model, ladder: Ladder, benchmark: Benchmark | None
+    ) -> str:
+        """Return why the candidate must not be shipped, or ""."""
+        if not ladder.passed:
+            failed = ladder.rungs[-1]
+            return f"the result failed validation at '{failed.name}' ({failed.detail})"
+        if self._settings.force:
+            return ""
+        if candidate.file_bytes > self._original.file_bytes:
+            return "the result is larger than the input"
+        limits = self._settings.limits
+        size_only = limits.size is not None and limits.macs is None and limits.params is None
+        if benchmark is not None and is_slower(benchmark, 1) and not size_only:
+            return f"the result is slower ({benchmark.models[1].ratio.value:.2f}x)"
+        return ""
+
+    def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
+        start = time.monotonic()
+        self._progress(phase, 0.0)
+        value = work()
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - start
+        return value
+
+
+def _actions(
+    space: Space, plan: Plan, losses: Losses | None
+) -> tuple[tuple[Action, ...], int]:
+    """Return what a plan does, in words, and the MACs of all nodes that it changes."""
+    if losses is None:
+        return (), 0
+    actions: list[Action] = []
+    changed: set[str] = set()
+    linears = space.facts.linears
+    for name, width in plan.widths.items():
+        touched = {
+            linear.id
+            for linear in linears.values()
+            for side in (space.input_side(linear), space.output_side(linear))
+            if name in dict(side.parts)
+        }
+        changed |= touched
+        macs = sum(linears[node].convolution.macs for node in touched)
+        size = space.groups[name].size
+        what, loss = f"{size} channels become {width}", losses.widths[name][width]
+        actions.append(Action(RemoveChannels.name, name, what, loss, macs))
+    for node, option in plan.forms.items():
+        changed.add(node)
+        what = f"{option.form} of rank {option.size[0]}"
+        macs = linears[node].convolution.macs
+        actions.append(Action(Factorize.name, node, what, losses.forms[option], macs))
+    return tuple(actions), sum(linears[node].convolution.macs for node in changed)
+
+
+def _more(losses: Losses | None) -> tuple[Refusal, ...]:
+    if losses is None:
+        return ()
+    return tuple(Refusal(where, reason) for where, reason in losses.refusals.items())
+
+
+def _live_elements(facts: Analysis) -> int:
+    """Return the most elements per sample that are live at once during a forward pass."""
+    last = {n: i for i, node in enumerate(facts.model.nodes) for n in node.inputs}
+    live = peak = 0
+    ending: dict[int, int] = {}
+    for index, node in enumerate(facts.model.nodes):
+        for name in node.outputs:
+            if name in last and name in facts.tensors:
+                size = math.prod(facts.tensors[name].shape)
+                live += size
+                ending[last[name]] = ending.get(last[name], 0) + size
+        peak = max(peak, live)
+        live -= ending.pop(index, 0)
+    return peak

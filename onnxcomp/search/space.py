@@ -1,0 +1,194 @@
+"""The search space: widths of channel groups, forms of linear nodes, and what they cost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.channels import ChannelGroup
+from onnxcomp.analysis.cost import Cost, is_parameter
+from onnxcomp.analysis.linear import Linear
+from onnxcomp.analysis.target import Convolution, Target
+from onnxcomp.passes.base import Option, Proposal, Refusal
+from onnxcomp.passes.factorize import chain
+
+Index = npt.NDArray[np.int64]
+Widths = Mapping[str, int]
+NODE_BYTES = 160  # a further node with its names, and the header of its weight
+
+
+@dataclass(frozen=True)
+class Side:
+    """The channels on one side of a linear node, and the removable groups among them.
+
+    Attributes:
+        total: Channels in all.
+        parts: Group names with their positions, shape (size, positions per channel).
+    """
+
+    total: int
+    parts: tuple[tuple[str, Index], ...]
+
+    def width(self, widths: Widths) -> int:
+        """Return the channels that stay at given group widths."""
+        gone = sum(
+            (len(index) - widths.get(name, len(index))) * index.shape[1]
+            for name, index in self.parts
+        )
+        return int(self.total - gone)
+
+    def kept(self, removed: Mapping[str, Index]) -> Index:
+        """Return the positions that stay when channels are removed from groups, sorted."""
+        stay = np.ones(self.total, bool)
+        for name, index in self.parts:
+            if name in removed:
+                stay[index[removed[name]]] = False
+        return np.flatnonzero(stay)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done: a width per changed group, and an option per factorised node.
+
+    Attributes:
+        widths: Width that remains of each changed group.
+        forms: Factorisation by node id.
+        loss: Predicted loss, the sum of the measured ones.
+        cost: Predicted cost of the whole model, exact.
+    """
+
+    widths: Mapping[str, int]
+    forms: Mapping[str, Option]
+    loss: float
+    cost: Cost
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is to be done."""
+        return not self.widths and not self.forms
+
+
+class Space:
+    """All options of a model, gathered from the proposals of the lossy passes.
+
+    Args:
+        facts: Analysis of the working model (BatchNorm folded, biases explicit).
+        proposals: What the passes proposed.
+        target: Profile of the CPU.
+        exclude: Regular expression of nodes, by name or output, that stay as they are.
+    """
+
+    def __init__(
+        self,
+        facts: Analysis,
+        proposals: Sequence[Proposal],
+        target: Target,
+        exclude: str | None = None,
+    ) -> None:
+        self.facts = facts
+        self.target = target
+        refusals = [refusal for proposal in proposals for refusal in proposal.refusals]
+        self.groups: Mapping[str, ChannelGroup] = {
+            group.name: group for group in facts.channels.groups if group.pinned is None
+        }
+        options = []
+        for option in (option for proposal in proposals for option in proposal.options):
+            if exclude is not None and self._matches(option.target, exclude):
+                refusals.append(Refusal(option.target, f"excluded by '{exclude}'"))
+            else:
+                options.append(option)
+        self.refusals: tuple[Refusal, ...] = tuple(dict.fromkeys(refusals))
+        self.widths: dict[str, tuple[int, ...]] = {}
+        self.forms: dict[str, tuple[Option, ...]] = {}
+        for option in options:
+            if option.method == "remove_channels":
+                self.widths[option.target] = (
+                    *self.widths.get(option.target, ()),
+                    option.size[0],
+                )
+            elif option.method == "factorize":
+                self.forms[option.target] = (*self.forms.get(option.target, ()), option)
+
+    def _matches(self, target: str, pattern: str) -> bool:
+        """Whether a pattern names a node, or one of the nodes that carry a group."""
+        nodes = [target]
+        if target in self.groups:
+            group = self.groups[target]
+            nodes = [*group.producers, *(reader.node for reader in group.readers)]
+        producers = self.facts.model.producers
+        names = [
+            n for node in nodes if node in producers for n in (node, producers[node].name)
+        ]
+        return any(re.search(pattern, name) for name in names)
+
+    @cached_property
+    def slices(self) -> Mapping[tuple[str, int], tuple[tuple[str, Index], ...]]:
+        """Removable groups on every tensor axis."""
+        found: dict[tuple[str, int], list[tuple[str, Index]]] = {}
+        for name in self.widths:
+            for part in self.groups[name].slices:
+                found.setdefault((part.tensor, part.axis), []).append((name, part.index))
+        return {key: tuple(parts) for key, parts in found.items()}
+
+    def side(self, tensor: str, axis: int, total: int) -> Side:
+        """Return the removable groups on a tensor's axis."""
+        return Side(total, self.slices.get((tensor, axis), ()))
+
+    def input_side(self, linear: Linear) -> Side:
+        """Return the input channels of a linear node."""
+        return self.side(linear.x, linear.x_axis, linear.in_channels)
+
+    def output_side(self, linear: Linear) -> Side:
+        """Return the output channels of a linear node."""
+        return self.side(linear.y, linear.y_axis, linear.out_channels)
+
+    def steps(
+        self, linear: Linear, option: Option | None, in_width: int, out_width: int
+    ) -> list[Convolution]:
+        """Return the convolutions that a node becomes at given widths."""
+        if option is not None:
+            return chain(linear, option.form, option.size[0], out_width, in_width)
+        groups = in_width if linear.depthwise else linear.groups
+        whole = linear.convolution
+        return [replace(whole, in_channels=in_width, out_channels=out_width, groups=groups)]
+
+    def cost(self, widths: Widths, forms: Mapping[str, Option]) -> Cost:
+        """Return the exact cost of the whole model under a plan."""
+        base = self.facts.cost
+        macs, factored = base.macs, {}
+        for linear in self.facts.linears.values():
+            steps = self.steps(
+                linear,
+                forms.get(linear.id),
+                self.input_side(linear).width(widths),
+                self.output_side(linear).width(widths),
+            )
+            macs += sum(step.macs for step in steps) - linear.convolution.macs
+            if linear.id in forms:
+                factored[linear.weight] = sum(step.weights for step in steps)
+        params, weight_bytes = base.params, base.weight_bytes
+        for name, array in self.facts.model.weights.items():
+            if not is_parameter(array):
+                continue
+            size = factored.get(name)
+            if size is None:
+                dims = [self.side(name, a, d).width(widths) for a, d in enumerate(array.shape)]
+                size = int(np.prod(dims, dtype=np.int64))
+            params += size - array.size
+            weight_bytes += (size - array.size) * array.itemsize
+        return Cost(params, macs, weight_bytes)
+
+    def file_bytes(self, cost: Cost, forms: Mapping[str, Option]) -> int:
+        """Return the predicted size of the file, within about 1 %."""
+        saved = self.facts.cost.weight_bytes - cost.weight_bytes
+        return self.facts.model.file_bytes - saved + NODE_BYTES * len(forms)
+
+    def seconds(self, linear: Linear, steps: Sequence[Convolution]) -> float:
+        """Return the predicted seconds of a node's steps."""
+        return self.target.chain_seconds(steps)
