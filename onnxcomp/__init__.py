@@ -4,8 +4,8 @@ from onnxcomp.errors import OnnxcompError
 from onnxcomp.loading import load
 from onnxcomp.model import Model
 from onnxcomp.samples import Samples, load_samples
-from onnxcomp.search.allocation import Limits
-from onnxcomp.search.run import Result, Settings, compress
+from onnxcomp.search.run import Result, compress
+from onnxcomp.search.settings import Limits, Settings
 
 __all__ = [
     "Limits",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from onnxcomp.analysis import Analysis
     from onnxcomp.bench import Benchmark
     from onnxcomp.passes.base import Refusal
-    from onnxcomp.search.run import Settings
+    from onnxcomp.search.settings import Settings
     from onnxcomp.validation import Ladder
 
 SCHEMA_VERSION = 1

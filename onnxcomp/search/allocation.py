@@ -6,65 +6,25 @@ its two sides and its own form, with its exact MACs, parameters and bytes there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from onnxcomp.analysis.cost import is_parameter
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.target import Convolution
-from onnxcomp.errors import LimitError, ParameterError
+from onnxcomp.errors import LimitError
 from onnxcomp.numerics.knapsack import Table, allocate
 from onnxcomp.numerics.svd import FORMS
 from onnxcomp.passes.base import Option
 from onnxcomp.passes.factorize import kernel_shape4
 from onnxcomp.search.losses import Losses
+from onnxcomp.search.settings import Limits, Row
 from onnxcomp.search.space import NODE_BYTES, Plan, Space
 
-Row = npt.NDArray[np.float64]
 _ROUNDS = 3  # times the budget is corrected for nodes that more than two groups touch
 _GAP = 5e-3  # of the optimum; losses are measured to a few per cent
 _TIE = 1e-4  # weight of predicted time among options of equal loss
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the result may cost at most; shares of the original if at most 1, else absolute.
-
-    Attributes:
-        macs: Multiply-accumulates per sample.
-        params: Parameters.
-        size: Bytes of the written file.
-    """
-
-    macs: float | None = None
-    params: float | None = None
-    size: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("macs", "params", "size"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ParameterError.of("Limits", name, "a number above 0", value)
-
-    def absolute(self, macs: int, params: int, size: int) -> Limits:
-        """Return the limits in units, given those of the original."""
-
-        def units(value: float | None, whole: int) -> float | None:
-            return value if value is None or value > 1 else value * whole
-
-        return Limits(
-            units(self.macs, macs), units(self.params, params), units(self.size, size)
-        )
-
-    @property
-    def row(self) -> Row:
-        """The limits in the order macs, params, size; infinite where there is none."""
-        values = (self.macs, self.params, self.size)
-        return np.array([np.inf if v is None else float(v) for v in values])
 
 
 NAMES = ("MACs", "parameters", "file bytes")

@@ -25,7 +25,7 @@ from onnxcomp.model import Array, Model, Value, extract
 from onnxcomp.numerics.moments import Moments
 from onnxcomp.numerics.selection import Elimination, Reader, eliminate
 from onnxcomp.numerics.svd import FORMS
-from onnxcomp.passes.base import Option
+from onnxcomp.passes.base import Option, Refusal
 from onnxcomp.passes.factorize import Factorize, kernel_shape4
 from onnxcomp.runtime import Session
 from onnxcomp.search.space import Space
@@ -52,7 +52,7 @@ class Losses:
     forms: Mapping[Option, float]
     widths: Mapping[str, Mapping[int, float]]
     orders: Mapping[str, Elimination]
-    refusals: Mapping[str, str]
+    refusals: tuple[Refusal, ...]
 
 
 def raw_outputs(model: Model) -> tuple[str, ...]:
@@ -160,7 +160,8 @@ class LossMeter:
                     del waiting[name]
         for name in waiting:
             self._refusals[name] = "no linear node reads its channels"
-        return Losses(self._forms, self._widths, self._orders, self._refusals)
+        refusals = tuple(Refusal(where, why) for where, why in self._refusals.items())
+        return Losses(self._forms, self._widths, self._orders, refusals)
 
     def _waiting(self) -> dict[str, tuple[dict[str, tuple[SecondMoments, ...]], set[str]]]:
         """Return for every group the readers' moments, none yet, and the readers to come."""

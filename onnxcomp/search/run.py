@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,19 +16,20 @@ from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.probe import random_inputs
 from onnxcomp.analysis.target import find_target
 from onnxcomp.bench import Benchmark, is_slower, paired_latency
-from onnxcomp.errors import LimitError, ParameterError, UnsupportedModelError
+from onnxcomp.errors import LimitError, UnsupportedModelError
 from onnxcomp.evaluate import usable_batch
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Array, Model
-from onnxcomp.passes import PASSES
 from onnxcomp.passes.base import Refusal
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
-from onnxcomp.report import Action, Figures, Report
+from onnxcomp.report import Figures, Report
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples, as_samples
-from onnxcomp.search.allocation import Allocator, Limits
+from onnxcomp.search.actions import describe
+from onnxcomp.search.allocation import Allocator
 from onnxcomp.search.losses import Losses, LossMeter, Progress
+from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.walk import Walk
 from onnxcomp.search.working import finish, prepare, working_model
@@ -41,65 +41,6 @@ _MEASURED_SAMPLES = 128
 _BATCH = 32
 _SIZE_ROUNDS = 3
 _STATE_BYTES = 8  # of a live float32, in both networks of the walk
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides a run; written next to the result as its recipe.
-
-    Attributes:
-        limits: What the result may cost.
-        methods: Names of lossy passes to use.
-        target: Built-in profile of the CPU.
-        grid: "auto", "off", or a number whose multiples widths and ranks must be.
-        exclude: Regular expression; nodes whose name or output matches stay as they are.
-        seed: Seed of the split, of sampled positions and of random inputs.
-        threads: Threads of every session, also when latency is measured.
-        memory: Bytes that activations of the fitting samples may take.
-        solver_seconds: Time limit of the knapsack.
-        latency: Whether to measure latency.
-        force: Keep a result that is larger or slower than the input.
-    """
-
-    limits: Limits = field(default_factory=Limits)
-    methods: tuple[str, ...] = (RemoveChannels.name, Factorize.name)
-    target: str = "x86-avx512"
-    grid: str = "auto"
-    exclude: str | None = None
-    seed: int = 0
-    threads: int = 1
-    memory: float = 1e9
-    solver_seconds: float = 60.0
-    latency: bool = True
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        lossy = {name for name, kind in PASSES.items() if not kind.exact}
-        for method in self.methods:
-            if method not in lossy:
-                raise ParameterError.choice("Settings", "methods", lossy, method)
-        if self.grid not in ("auto", "off") and not (
-            self.grid.isdigit() and int(self.grid) > 0
-        ):
-            raise ParameterError.of("Settings", "grid", "auto, off or a number", self.grid)
-        if self.threads < 1:
-            raise ParameterError.of("Settings", "threads", "at least 1", self.threads)
-        find_target(self.target)
-        try:
-            re.compile(self.exclude or "")
-        except re.error as error:
-            raise ParameterError.of(
-                "Settings", "exclude", f"a regular expression ({error})", self.exclude
-            ) from error
-
-    @property
-    def step(self) -> int | None:
-        """Step of widths and ranks; None for the target's grid."""
-        return (
-            {"auto": None, "off": 1}.get(self.grid)
-            if not self.grid.isdigit()
-            else int(self.grid)
-        )
 
 
 @dataclass(frozen=True)
@@ -310,12 +251,12 @@ class _Run:
                 candidate = self._original
             met = self._settings.limits == Limits()
             ladder, benchmark = self._validate(candidate), self._latency(candidate)
-        actions, changed = _actions(space, plan, losses)
+        actions, changed = describe(space, plan, losses)
         report = Report(
             original=Figures.of(base, benchmark, 0),
             result=Figures.of(Analysis(candidate, self._fit), benchmark, 1),
             actions=actions,
-            refusals=(*space.refusals, *_more(losses), *refusals),
+            refusals=(*space.refusals, *(losses.refusals if losses else ()), *refusals),
             ladder=ladder,
             benchmark=benchmark,
             notes=tuple(self._notes),
@@ -368,41 +309,6 @@ class _Run:
         value = work()
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - start
         return value
-
-
-def _actions(
-    space: Space, plan: Plan, losses: Losses | None
-) -> tuple[tuple[Action, ...], int]:
-    """Return what a plan does, in words, and the MACs of all nodes that it changes."""
-    if losses is None:
-        return (), 0
-    actions: list[Action] = []
-    changed: set[str] = set()
-    linears = space.facts.linears
-    for name, width in plan.widths.items():
-        touched = {
-            linear.id
-            for linear in linears.values()
-            for side in (space.input_side(linear), space.output_side(linear))
-            if name in dict(side.parts)
-        }
-        changed |= touched
-        macs = sum(linears[node].convolution.macs for node in touched)
-        size = space.groups[name].size
-        what, loss = f"{size} channels become {width}", losses.widths[name][width]
-        actions.append(Action(RemoveChannels.name, name, what, loss, macs))
-    for node, option in plan.forms.items():
-        changed.add(node)
-        what = f"{option.form} of rank {option.size[0]}"
-        macs = linears[node].convolution.macs
-        actions.append(Action(Factorize.name, node, what, losses.forms[option], macs))
-    return tuple(actions), sum(linears[node].convolution.macs for node in changed)
-
-
-def _more(losses: Losses | None) -> tuple[Refusal, ...]:
-    if losses is None:
-        return ()
-    return tuple(Refusal(where, reason) for where, reason in losses.refusals.items())
 
 
 def _live_elements(facts: Analysis) -> int:

@@ -1,0 +1,114 @@
+"""What a run is asked for: limits, methods, target, and everything that decides its result."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxcomp.analysis.target import find_target
+from onnxcomp.errors import ParameterError
+from onnxcomp.passes import PASSES
+from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.remove_channels import RemoveChannels
+
+Row = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the result may cost at most; shares of the original if at most 1, else absolute.
+
+    Attributes:
+        macs: Multiply-accumulates per sample.
+        params: Parameters.
+        size: Bytes of the written file.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    size: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("macs", "params", "size"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise ParameterError.of("Limits", name, "a number above 0", value)
+
+    def absolute(self, macs: int, params: int, size: int) -> Limits:
+        """Return the limits in units, given those of the original."""
+
+        def units(value: float | None, whole: int) -> float | None:
+            return value if value is None or value > 1 else value * whole
+
+        return Limits(
+            units(self.macs, macs), units(self.params, params), units(self.size, size)
+        )
+
+    @property
+    def row(self) -> Row:
+        """The limits in the order macs, params, size; infinite where there is none."""
+        values = (self.macs, self.params, self.size)
+        return np.array([np.inf if v is None else float(v) for v in values])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run; written next to the result as its recipe.
+
+    Attributes:
+        limits: What the result may cost.
+        methods: Names of lossy passes to use.
+        target: Built-in profile of the CPU.
+        grid: "auto", "off", or a number whose multiples widths and ranks must be.
+        exclude: Regular expression; nodes whose name or output matches stay as they are.
+        seed: Seed of the split, of sampled positions and of random inputs.
+        threads: Threads of every session, also when latency is measured.
+        memory: Bytes that activations of the fitting samples may take.
+        solver_seconds: Time limit of the knapsack.
+        latency: Whether to measure latency.
+        force: Keep a result that is larger or slower than the input.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    methods: tuple[str, ...] = (RemoveChannels.name, Factorize.name)
+    target: str = "x86-avx512"
+    grid: str = "auto"
+    exclude: str | None = None
+    seed: int = 0
+    threads: int = 1
+    memory: float = 1e9
+    solver_seconds: float = 60.0
+    latency: bool = True
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        lossy = {name for name, kind in PASSES.items() if not kind.exact}
+        for method in self.methods:
+            if method not in lossy:
+                raise ParameterError.choice("Settings", "methods", lossy, method)
+        if self.grid not in ("auto", "off") and not (
+            self.grid.isdigit() and int(self.grid) > 0
+        ):
+            raise ParameterError.of("Settings", "grid", "auto, off or a number", self.grid)
+        if self.threads < 1:
+            raise ParameterError.of("Settings", "threads", "at least 1", self.threads)
+        find_target(self.target)
+        try:
+            re.compile(self.exclude or "")
+        except re.error as error:
+            raise ParameterError.of(
+                "Settings", "exclude", f"a regular expression ({error})", self.exclude
+            ) from error
+
+    @property
+    def step(self) -> int | None:
+        """Step of widths and ranks; None for the target's grid."""
+        return (
+            {"auto": None, "off": 1}.get(self.grid)
+            if not self.grid.isdigit()
+            else int(self.grid)
+        )
