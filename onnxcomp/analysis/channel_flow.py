@@ -189,8 +189,7 @@ class ChannelFlow:
         self, node: Node, index: int, axis: int, ids: IntArray, *, reads: bool = False
     ) -> None:
         """Say which labels a reader sees along one axis of a constant."""
-        origin = self.constants.origin(node.input(index))
-        assert origin is not None
+        origin = self._origin(node, index)
         reason = self.constants.exposed(origin)
         if reason is not None:
             self.atoms.pin(ids, reason)
@@ -201,8 +200,7 @@ class ChannelFlow:
 
         All readers of a weight act together: their channels are joined.
         """
-        origin = self.constants.origin(node.input(index))
-        assert origin is not None
+        origin = self._origin(node, index)
         if ids is None:
             if len(self.constants.sites(origin)) == 1:
                 return
@@ -215,8 +213,7 @@ class ChannelFlow:
 
     def make(self, node: Node, index: int, axis: int) -> IntArray:
         """Return the channels that a weighted node makes along one axis of its weight."""
-        origin = self.constants.origin(node.input(index))
-        assert origin is not None
+        origin = self._origin(node, index)
         if (origin, axis) not in self._tied:
             self._tied[origin, axis] = self.atoms.fresh(
                 self.constants.array(origin).shape[axis]
@@ -227,8 +224,7 @@ class ChannelFlow:
 
     def follow(self, node: Node, index: int, axis: int, ids: IntArray) -> None:
         """Let one axis of a weight follow channels that pass through its node."""
-        origin = self.constants.origin(node.input(index))
-        assert origin is not None
+        origin = self._origin(node, index)
         self._tie((origin, axis), ids)
         self.use(node, index, axis, ids)
 
@@ -268,6 +264,11 @@ class ChannelFlow:
             ids = self.labels.get(axis)
             if ids is not None:
                 self.atoms.pin(ids, reason)
+
+    def _origin(self, node: Node, index: int) -> str:
+        origin = self.constants.origin(node.input(index))
+        assert origin is not None, "rules ask for constants only where they are"
+        return origin
 
     def _tie(self, axis: Axis, ids: IntArray) -> None:
         if axis in self._tied:

@@ -39,9 +39,12 @@ def unknown(flow: ChannelFlow, node: Node) -> None:
 
 def elementwise(flow: ChannelFlow, node: Node) -> None:
     """Join the inputs along every output axis, broadcasting as NumPy does."""
+    if "broadcast" in node.attrs:  # before opset 7, operands were aligned by an attribute
+        return unknown(flow, node)
     for axis, ids in _broadcast(flow, node, 0):
         for name in node.outputs:
             flow.put(name, axis, ids)
+    return None
 
 
 def _broadcast(

@@ -146,6 +146,7 @@ def find_channels(model: Model, tensors: Mapping[str, TensorFact]) -> Channels:
         rule(flow, node)
     for name in sorted(model.output_names):
         flow.pin_tensor(name, f"it is the graph output '{name}'")
+        _pin_sizes(flow, name, f"their number is in the graph output '{name}'")
     return _result(flow)
 
 
@@ -154,9 +155,13 @@ def _pin_leaks(flow: ChannelFlow, node: Node) -> None:
     rated = SHAPE_INPUTS.get(node.op, ())
     names = [name for index, name in enumerate(node.inputs) if index not in rated]
     for name in (*names, *sorted(node.captured)):
-        elements = flow.shapes.elements(name) if flow.shapes.tracked(name) else None
-        for origin in [] if elements is None else elements.reshape(-1).tolist():
-            flow.pin_sizes(origin, f"{node.op} '{node.name}' depends on their number")
+        _pin_sizes(flow, name, f"{node.op} '{node.name}' depends on their number")
+
+
+def _pin_sizes(flow: ChannelFlow, name: str, reason: str) -> None:
+    elements = flow.shapes.elements(name) if flow.shapes.tracked(name) else None
+    for origin in [] if elements is None else elements.reshape(-1).tolist():
+        flow.pin_sizes(origin, reason)
 
 
 def _result(flow: ChannelFlow) -> Channels:

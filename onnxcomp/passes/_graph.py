@@ -111,8 +111,9 @@ class GraphView:
         proto.CopyFrom(self.model.skeleton)
         graph = proto.graph
         del graph.value_info[:]
-        for output in (v for v in graph.output if v.type.HasField("tensor_type")):
-            output.type.tensor_type.ClearField("shape")
+        for output in graph.output:
+            if output.type.HasField("tensor_type") and output.name not in self.model.weights:
+                output.type.tensor_type.ClearField("shape")
         del graph.initializer[:]
         declared = {v.name for v in graph.input}
         for name, array in self.model.weights.items():

@@ -208,6 +208,7 @@ def _rewrite(
     lone = channels.constants.sites(name) == [(node.id, index)]
     if name in draft.weights and lone and channels.constants.exposed(name) is None:
         draft.set_weight(name, new)
+        draft.set_input(node.id, index, name)  # declared shapes behind the node are void now
         return
     stem = f"{node.id}_{node.op.lower()}"
     if not name or name in channels.constants.names:

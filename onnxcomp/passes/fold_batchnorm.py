@@ -33,7 +33,8 @@ class FoldBatchnorm:
 
     Whole chains behind a Conv, ConvTranspose, Gemm or MatMul go into its weight and bias.  A
     MatMul keeps one Add behind it as its bias.  A BatchNormalization with no such node before
-    it goes forward into the next one, where no padding is in the way.
+    it goes forward into the next one, where no padding is in the way.  Only float32 and
+    float64 weights that nothing else reads are scaled.
     """
 
     name: ClassVar[str] = "fold_batchnorm"
@@ -113,6 +114,8 @@ class _Plan:
                 break
             chain.append(follower)
             tensor = follower.id
+        if _is_settled(_Fold(node, after=tuple(chain))):
+            return tuple(chain)
         return self._solvable(chain, lambda nodes: _Fold(node, after=nodes))
 
     def _with_nodes_before(self, fold: _Fold) -> _Fold:

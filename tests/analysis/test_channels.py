@@ -125,6 +125,11 @@ def _scaled_by_count(g: Graph) -> Model:
     return _pinned(g, g.op("Div", x, g.op("Cast", count, to=1)), 6)
 
 
+def _count_is_output(g: Graph) -> Model:
+    x = g.conv("x", 3, 6)
+    return g.model(g.conv(x, 6, 2), g.op("Shape", x), g.conv("x", 3, 2))
+
+
 def _computed_half(g: Graph) -> Model:
     x = g.conv("x", 3, 6)
     half = g.op("Div", g.op("Shape", x, start=1, end=2), g.ints(2))
@@ -132,7 +137,7 @@ def _computed_half(g: Graph) -> Model:
 
 
 def _broadcast(g: Graph) -> Model:
-    return _pinned(g, g.op("Mul", g.conv("x", 3, 6), g.conv("x", 3, 1)), 6)
+    return _pinned(g, g.op("Mul", g.conv("x", 3, 1), g.conv("x", 3, 6)), 6)
 
 
 def _indices(g: Graph) -> Model:
@@ -196,6 +201,7 @@ PINNED: dict[str, tuple[Callable[[Graph], Model], str]] = {
     "steps": (_every_second, "every n-th channel"),
     "mirror": (_mirrored, "cuts or mirrors"),
     "count used as a number": (_scaled_by_count, "Div 'div4_0' depends on their number"),
+    "count returned": (_count_is_output, "their number is in the graph output 'shape2_0'"),
     "computed end": (_computed_half, "computes their number"),
     "broadcast": (_broadcast, "repeats it over all channels"),
     "indices": (_indices, "returns indices"),

@@ -6,16 +6,8 @@ from hypothesis import strategies as st
 from onnxcomp.analysis import Analysis
 from onnxcomp.model import Model
 from onnxcomp.passes.fold_batchnorm import FoldBatchnorm
-from tests.passes.exact_checks import (
-    TOLERANCE,
-    batchnorm,
-    drift,
-    graph,
-    normal,
-    ops,
-    reasons,
-    run,
-)
+from tests.passes import exact_checks as checks
+from tests.passes.exact_checks import batchnorm, drift, graph, normal, ops, reasons, run
 
 FOLD = FoldBatchnorm()
 BN = "BatchNormalization(c, bn_s, bn_b, bn_m, bn_v)"
@@ -40,9 +32,9 @@ def perturbed(model: Model, name: str, factor: float) -> Model:
 
 def assert_exact(model: Model, after: Model, **feeds: np.ndarray) -> None:
     """The result is within the tolerance, and one with a weight off by 0.1 % is not."""
-    assert drift(model, after, feeds) <= TOLERANCE
+    assert drift(model, after, feeds) <= checks.TOLERANCE
     weight = next(name for name, a in after.weights.items() if a.dtype.kind == "f")
-    assert drift(model, perturbed(after, weight, 1.001), feeds) > TOLERANCE
+    assert drift(model, perturbed(after, weight, 1.001), feeds) > checks.TOLERANCE
 
 
 @settings(max_examples=25, deadline=None)
@@ -120,9 +112,11 @@ def test_a_matmul_with_batchnorm_gets_an_add_where_the_rank_is_2():
 
 
 @pytest.mark.parametrize("body", ["y = Add(c, b)", "y = Add(b, c)", "y = Sub(c, b)"])
-def test_a_matmul_with_its_bias_is_neither_proposed_nor_refused(body):
-    weights = {"w": normal(3, 4), "b": normal(4)}
-    model = graph("float[2,3] x", "float[2,4] y", f"c = MatMul(x, w) {body}", weights)
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+def test_a_matmul_with_its_bias_is_neither_proposed_nor_refused(body, dtype):
+    kind = np.float32 if dtype == "float" else np.float16
+    weights = {"w": normal(3, 4).astype(kind), "b": normal(4).astype(kind)}
+    model = graph(f"{dtype}[2,3] x", f"{dtype}[2,4] y", f"c = MatMul(x, w) {body}", weights)
     after, proposal = run(FOLD, model)
     assert after is model
     assert proposal.refusals == ()
@@ -248,7 +242,7 @@ def test_a_shared_weight_still_takes_the_shift_before_a_scale():
     after, proposal = run(FOLD, model)
     assert sorted(ops(after)) == ["BatchNormalization", "Conv", "Conv"]
     assert list(reasons(proposal)) == ["y"]
-    assert drift(model, after, {"x": normal(1, 3, 5, 5)}) <= TOLERANCE
+    assert drift(model, after, {"x": normal(1, 3, 5, 5)}) <= checks.TOLERANCE
 
 
 def test_a_shared_bias_and_shared_batchnorm_parameters_are_forked():
@@ -384,7 +378,7 @@ def test_a_chosen_part_of_a_chain_is_folded_up_to_the_first_gap():
         FOLD.apply(draft, facts, {options[i]: {} for i in keep})
         after = draft.seal(by="test")
         assert len(after.nodes) == left
-        assert drift(model, after, {"x": normal(1, 3, 5, 5)}) <= TOLERANCE
+        assert drift(model, after, {"x": normal(1, 3, 5, 5)}) <= checks.TOLERANCE
 
 
 def test_weights_in_constant_nodes_are_folded_too():
@@ -399,7 +393,7 @@ def test_weights_in_constant_nodes_are_folded_too():
 
 
 def test_before_opset_7_nothing_is_folded():
-    weights = {"w": normal(4, 3, 3, 3), "k": normal(4)}
     body = "c = Conv(x, w) y = Add<axis = 1, broadcast = 1>(c, k)"
+    weights = {"w": normal(4, 3, 3, 3), "k": normal(4)}
     model = graph("float[1,3,5,5] x", "float[1,4,3,3] y", body, weights, opset=6)
     assert "before opset 7" in reasons(FOLD.propose(Analysis(model)))["y"]

@@ -105,6 +105,13 @@ def test_nodes_with_an_effect_stay(body, weights, opset):
     assert after is model
 
 
+def test_a_factor_that_is_an_output_too_hides_no_shapes():
+    weights = {"k": np.ones((3, 1), np.float32), "c": np.zeros((1, 1, 4), np.float32)}
+    io = (IO[0], "float[2,3,4] y, float[3,1] k")
+    model = graph(*io, "h = Mul(x, k) n = Neg(h) i = Add(n, c) y = Relu(i)", weights)
+    assert ops(run(REMOVE, model)[0]) == ["Neg", "Relu"]
+
+
 def test_removing_a_node_with_an_effect_would_be_seen():
     model = graph(*IO, "i = Add(x, c) y = Neg(i)", {"c": np.float32([0, 0, 1e-3, 0])})
     assert drift(model, graph(*IO, "y = Neg(x)"), X) > 1e-5
