@@ -254,7 +254,7 @@ class _Entrant:
 
     def open(self, feeds: Mapping[str, Array], threads: int) -> None:
         """Begin a round: a fresh session, warmed up, and how many runs a timing spans."""
-        self.session = Session(self.model, threads=threads)
+        self.session = Session(self.model, threads=threads, spinning=True)
         warm_ups = [self._time(feeds, 1)[0] for _ in range(_WARM_UPS)]
         needed = math.ceil(_MIN_TIMING_NS / max(min(warm_ups), 1))
         self.repeats = min(needed, _MAX_REPEATS)

@@ -62,8 +62,10 @@ class Draft:
 
     def set_weight(self, name: str, value: Array) -> None:
         """Replace a weight for all its readers; the dtype stays, the shape may change."""
+        if name not in self._weights:
+            raise ParameterError(f"Draft.set_weight: there is no weight '{name}'")
         old = self._weights[name]
-        value = np.ascontiguousarray(value, dtype=old.dtype)
+        value = np.ascontiguousarray(value, dtype=old.dtype).reshape(np.shape(value))
         if value.shape != old.shape:
             self._reshaped.add(name)
         value.setflags(write=False)
@@ -111,6 +113,8 @@ class Draft:
         node = self._node(node_id)
         node.inputs.clear()
         node.outputs.clear()
+        self._originals.pop(id(node), None)  # a new node may get the same id
+        self._edited.discard(id(node))
         self._graph.nodes[:] = [n for n in self._graph.nodes if n is not node]
 
     def set_input(self, node_id: str, index: int, name: str) -> None:
@@ -132,9 +136,15 @@ class Draft:
         self._edited.add(id(node))
 
     def rewire(self, old: str, new: str) -> None:
-        """Let all readers of `old` read `new`; `old` must not be a graph output."""
+        """Let all readers of `old` read `new`.
+
+        Raises:
+            ParameterError: `old` is a graph output, or a subgraph reads it.
+        """
         if old in self._source.output_names:
             raise ParameterError(f"Draft.rewire: '{old}' is a graph output and must stay")
+        if any(use.index < 0 for use in self._source.readers.get(old, ())):
+            raise ParameterError(f"Draft.rewire: '{old}' is read in a subgraph and must stay")
         target = self._tensor(new)
         for node in list(self._tensor(old).outputs):
             for index, tensor in enumerate(node.inputs):
@@ -171,7 +181,7 @@ class Draft:
             by: Name of the pass, for the error message.
 
         Returns:
-            The new model, or the source itself where nothing was changed.
+            The new model.
 
         Raises:
             SealError: The result breaks the ONNX checker, strict shape inference or order.
@@ -290,6 +300,7 @@ def _import(model: Model) -> gs.Graph:
 def _all_names(graph: onnx.GraphProto) -> set[str]:
     names = {t.name for t in graph.initializer} | {v.name for v in graph.input}
     names |= {v.name for v in graph.output} | {v.name for v in graph.value_info}
+    names |= {t.values.name for t in graph.sparse_initializer}
     for node in graph.node:
         names |= {node.name, *node.input, *node.output}
         for body in subgraphs(node):

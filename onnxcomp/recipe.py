@@ -6,20 +6,26 @@ it was made from and with; that part is not read back.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import math
+import platform
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
+from onnxcomp.bench import describe_machine
 from onnxcomp.errors import ParameterError
-from onnxcomp.search.allocation import Limits
-from onnxcomp.search.run import Settings
+from onnxcomp.report.text import clean
+from onnxcomp.search.settings import Limits, Settings
 
 SCHEMA_VERSION = 1
+_PACKAGES = ("onnxcomp", "onnx", "onnxruntime", "onnx-graphsurgeon", "numpy", "scipy")
 _MAX_BYTES = 64 * 1024
 _UNITS = {
     "": 1.0,
@@ -98,29 +104,26 @@ def load_recipe(path: str | Path) -> Recipe:
     return Recipe(where, found, metric)
 
 
-def resolve(
-    recipe: Recipe, given: Mapping[str, Any], flags: Mapping[str, str] | None = None
-) -> Settings:
+def resolve(recipe: Recipe, flags: Mapping[str, Any]) -> Settings:
     """Return the settings of a run: flags over the recipe over defaults.
 
     Args:
         recipe: The recipe; an empty one where there is none.
-        given: Fields of `Settings` set by flags.  `limits` are merged with the recipe's one
-            by one: a flag replaces its own limit only.
-        flags: Name of the flag of each field, for messages.
+        flags: Fields of `Settings` set by flags of the same names; None where a flag is not
+            given.  Of `limits`, a flag replaces its own only.
 
     Raises:
         ParameterError: A value is outside what it allows; names the flag or the file.
     """
-    for key, value in recipe.settings.items():
-        _checked(recipe.where, key, value)
-    for key, value in given.items():
-        _checked((flags or {}).get(key, key), key, value)
+    given = {key: value for key, value in flags.items() if value is not None}
+    for owner, values in ((recipe.where, recipe.settings), (None, given)):
+        for key, value in values.items():
+            _check(owner or f"--{key}", key, value)
     merged = {**recipe.settings, **given}
     if "limits" in recipe.settings and "limits" in given:
-        limits, wanted = recipe.settings["limits"], given["limits"]
-        own = {f.name: getattr(wanted, f.name) for f in fields(wanted)}
-        merged["limits"] = replace(limits, **{k: v for k, v in own.items() if v is not None})
+        own = {f.name: getattr(given["limits"], f.name) for f in fields(Limits)}
+        changes = {key: value for key, value in own.items() if value is not None}
+        merged["limits"] = replace(recipe.settings["limits"], **changes)
     return Settings(**merged)
 
 
@@ -132,8 +135,7 @@ def dump_recipe(
     Args:
         settings: The resolved settings.
         metric: Name of the metric.
-        provenance: What the result was made from and with: files with their digests and
-            versions, as plain YAML values.
+        provenance: What the result was made from and with; see `provenance`.
     """
     limits = {f.name: getattr(settings.limits, f.name) for f in fields(settings.limits)}
     content: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
@@ -145,6 +147,29 @@ def dump_recipe(
     content["metric"] = metric
     content["provenance"] = dict(provenance)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def provenance(files: Mapping[str, Path | None]) -> dict[str, Any]:
+    """Return what a result is made from and with, as plain YAML values.
+
+    Args:
+        files: Input files by their role; folders are named without a digest.
+    """
+    made: dict[str, Any] = {}
+    for role, path in files.items():
+        if path is None:
+            continue
+        made[role] = {"path": clean(path)}
+        if path.is_file():
+            with path.open("rb") as stream:
+                made[role]["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    machine = describe_machine()
+    processor = {"cpu": clean(machine.cpu), "architecture": machine.architecture}
+    return {**made, "versions": versions, "machine": processor}
 
 
 def _read(path: Path, where: str) -> dict[str, Any]:
@@ -166,7 +191,7 @@ def _read(path: Path, where: str) -> dict[str, Any]:
     return content
 
 
-def _checked(owner: str, key: str, value: Any) -> None:
+def _check(owner: str, key: str, value: Any) -> None:
     """Try one field alone, so that the message can say where it came from."""
     try:
         replace(Settings(), **{key: value})

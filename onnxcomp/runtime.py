@@ -26,13 +26,24 @@ class Session:
         model: The model to run.
         optimize: All graph optimisations (as deployed), or none (as written).
         threads: Intra-op threads.
+        spinning: Whether idle threads spin, as they do where a model is deployed; beside
+            NumPy's own threads they only take its time.
 
     Raises:
         ExecutionError: Onnxruntime refuses the model.
     """
 
-    def __init__(self, model: Model, *, optimize: bool = True, threads: int = 1) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        optimize: bool = True,
+        threads: int = 1,
+        spinning: bool = False,
+    ) -> None:
         options = session_options(optimize=optimize, threads=threads)
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         proto = model.to_proto(external=True)
         lent: dict[str, ort.OrtValue] = {}
         for tensor in proto.graph.initializer:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 
+from onnxcomp.analysis.blocks import Block, Repetition, find_blocks, find_repetitions
 from onnxcomp.analysis.channels import Channels, find_channels
 from onnxcomp.analysis.cost import Cost, node_costs, total_cost
 from onnxcomp.analysis.linear import Linear, find_linears
+from onnxcomp.analysis.ownership import Owner, find_owners
 from onnxcomp.analysis.probe import probe_feeds
 from onnxcomp.model import Array, Model
 from onnxcomp.runtime import TensorFact, capture_tensors
@@ -70,3 +72,18 @@ class Analysis:
     def channels(self) -> Channels:
         """Which channels vanish together, and which must stay and why."""
         return find_channels(self.model, self.tensors)
+
+    @cached_property
+    def owners(self) -> Mapping[str, tuple[Owner, ...]]:
+        """Every reader of every initializer."""
+        return find_owners(self.model)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The residual blocks, with their stages."""
+        return find_blocks(self.model, self.linears, self.tensors)
+
+    @cached_property
+    def repetitions(self) -> tuple[Repetition, ...]:
+        """Layers of equal shape at the same place of repeated blocks."""
+        return find_repetitions(self.model, self.linears, self.blocks)

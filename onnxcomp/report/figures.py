@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 640
 _LABEL = 210  # of the width, for names
-_VALUE = 80  # of the width, for numbers
+_VALUE = 130  # of the width, for numbers
 _ROW = 22
 _MOST_ROWS = 60
 _NAME = 30  # characters of a name that fit
@@ -87,7 +87,7 @@ def _figure(title: str, rows: Sequence[str], count: int) -> str:
         return ""
     height = count * _ROW
     return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<figure class="wide"><figcaption>{escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">'
         f"{''.join(rows)}</svg></figure>"
     )

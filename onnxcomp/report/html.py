@@ -1,4 +1,4 @@
-"""Reports as one HTML page each: no scripts, nothing loaded, light or dark as the reader likes."""
+"""Reports as one HTML page each: no scripts, nothing loaded, light or dark by the reader."""
 
 from __future__ import annotations
 
@@ -24,17 +24,19 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; color: var(--ink);
   background: var(--paper); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+h1 { font-size: 1.5rem; margin: .5rem 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .note { color: var(--warn); background: var(--warn-paper); border-left: 4px solid;
   padding: .4rem .7rem; margin: .5rem 0; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; min-width: 4rem; }
+  vertical-align: top; overflow-wrap: anywhere; min-width: 8rem; }
 th { color: var(--soft); font-weight: 600; }
-.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+.number, .tight { white-space: nowrap; min-width: 0; }
 figure { margin: 1rem 0; } figcaption { color: var(--soft); margin-bottom: .4rem; }
-svg { width: 100%; height: auto; display: block; }
+svg { width: 100%; min-width: 34rem; height: auto; display: block; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink); dominant-baseline: middle; }
 svg .name, svg .value { text-anchor: end; } svg .value { fill: var(--soft); }
 svg .before { fill: none; stroke: var(--soft); } svg .after, svg .dot { fill: var(--accent); }
@@ -55,9 +57,9 @@ def render(report: Report, layers: Sequence[LayerChange] = ()) -> str:
     verdict = "" if report.met else "A limit was not met; this is the best that was found."
     parts = [
         "<h1>Compression report</h1>",
-        _notes([verdict, *report.notes, report.ladder.note]),
+        _notes([verdict, *report.notes]),
         _table(
-            ["", "original>", "result>", "ratio>"],
+            ["|", "original>", "result>", "ratio"],
             [
                 _figures_row("parameters", before.params, after.params, count),
                 _figures_row("MACs per sample", before.macs, after.macs, count),
@@ -106,20 +108,24 @@ def render_inspection(inspection: Inspection) -> str:
         [g.name, str(g.size), ", ".join(g.producers), ", ".join(g.readers), g.pinned or ""]
         for g in inspection.groups
     ]
-    header = ["layer", "op", "input", "output", "params>", "MACs>", "share>"]
+    header = ["layer", "op|", "input|", "output|", "params>", "MACs>", "share>"]
     made = ["group", "channels>", "made by", "read by", "why it must stay"]
     parts = [
         f"<h1>{_text(inspection.path or 'Model')}</h1>",
         _notes(inspection.notes),
-        _table(["", ""], facts),
+        _table(["|", ""], facts),
         _section("Layers", _table(header, layers)),
-        _section("Shared initializers", _table(["name", "shape", "read by"], shared)),
+        _section("Shared initializers", _table(["name", "shape|", "read by"], shared)),
         _section("Channel groups", _table(made, groups)),
     ]
+    passes = []
     for view in inspection.passes:
         kind = "exact" if view.exact else "lossy"
-        title = f"{view.name} ({kind}): {view.options} options"
-        parts.append(_section(title, _refusals(view.refusals) or "<p>nothing refused</p>"))
+        passes.append([view.name, kind, str(view.options), str(len(view.refusals))])
+    header = ["pass|", "|", "options>", "refused>"]
+    parts.append(_section("What each pass could do", _table(header, passes)))
+    for view in inspection.passes:
+        parts.append(_section(f"Left alone by {view.name}", _refusals(view.refusals)))
     return _page(inspection.path or "Model", parts)
 
 
@@ -183,7 +189,7 @@ def _judgement(ladder: Ladder) -> str:
     if before is not None and after is not None and evaluation.drop is not None:
         line = f"{evaluation.metric}: {before:.4f}, then {after:.4f}"
         line = f"<p>{_text(line)} (drop {evaluation.drop:+.4f})</p>"
-    return _table(header, rows) + line
+    return _table(header, rows) + line + f"<p>{_text(ladder.note)}</p>"
 
 
 def _actions(report: Report) -> str:
@@ -194,7 +200,7 @@ def _actions(report: Report) -> str:
         [a.method, a.where, a.what, f"{a.loss:.2e}", percent(a.macs / macs) if macs else ""]
         for a in sorted(report.actions, key=lambda action: -action.macs)
     ]
-    header = ["method", "where", "what", "loss>", "share of MACs>"]
+    header = ["method|", "where", "what", "loss>", "share of MACs>"]
     share = percent(report.changed_macs)
     line = f"<p>{share} of the original's MACs are in changed nodes.</p>"
     return (
@@ -217,7 +223,7 @@ def _refusals(refusals: Sequence[Refusal]) -> str:
 
 def _ladder(ladder: Ladder) -> str:
     rows = [[r.name, "passed" if r.passed else "FAILED", r.detail] for r in ladder.rungs]
-    return _table(["check", "", "found"], rows)
+    return _table(["check|", "|", "found"], rows)
 
 
 def _seconds(report: Report) -> str:
@@ -239,12 +245,13 @@ def _notes(notes: Iterable[str]) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; a header that ends in ">" is of a column of numbers."""
+    """Return a table; headers end in ">" over numbers and in "|" over what is not broken."""
     if not rows:
         return ""
-    kinds = [' class="number"' if title.endswith(">") else "" for title in header]
+    classes = {">": ' class="number"', "|": ' class="tight"'}
+    kinds = [classes.get(title[-1:], "") for title in header]
     head = "".join(
-        f"<th{kind}>{_text(title.removesuffix('>'))}</th>"
+        f"<th{kind}>{_text(title.rstrip('>|'))}</th>"
         for kind, title in zip(kinds, header, strict=True)
     )
     body = "".join(
@@ -255,7 +262,11 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         + "</tr>"
         for row in rows
     )
-    top = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
+    top = (
+        f"<thead><tr>{head}</tr></thead>"
+        if any(title.rstrip(">|") for title in header)
+        else ""
+    )
     return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>'
 
 

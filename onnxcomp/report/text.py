@@ -70,11 +70,30 @@ def grouped_reasons(refusals: Iterable[Refusal]) -> list[tuple[str, list[str]]]:
     return sorted(places.items(), key=lambda item: (-len(item[1]), item[0]))
 
 
+def unmet_limits(report: Report) -> list[str]:
+    """Return the limits that the result breaks, with what was found."""
+    original, result = report.original, report.result
+    limits = report.settings.limits.absolute(
+        original.macs, original.params, original.file_bytes
+    )
+    found = (
+        ("--max-macs", limits.macs, result.macs, count),
+        ("--max-params", limits.params, result.params, count),
+        ("--max-size", limits.size, result.file_bytes, size),
+    )
+    return [
+        f"{flag} {show(limit)}: found {show(value)}"
+        for flag, limit, value, show in found
+        if limit is not None and value > limit
+    ]
+
+
 def report_view(report: Report) -> RenderableType:
     """Return the tables of a compression: notes first, then what was gained and lost."""
-    parts: list[RenderableType] = [*_notes((*report.notes, report.ladder.note))]
+    parts: list[RenderableType] = [*_notes(report.notes)]
     parts.append(_figures("result", report.original, report.result, report.benchmark))
     parts += _judgement(report.ladder.evaluation)
+    parts.append(Text(clean(report.ladder.note)))
     parts += [
         Text(f"validation: {'passed' if rung.passed else 'FAILED'} at '{rung.name}': ")
         + Text(clean(rung.detail))
@@ -86,8 +105,7 @@ def report_view(report: Report) -> RenderableType:
         Text(f"{percent(report.changed_macs)} of the original's MACs are in changed nodes")
     )
     parts += _refusals(report.refusals)
-    if not report.met:
-        parts.append(Text("a limit was not met; this is the best that was found", "bold red"))
+    parts += [Text(f"limit not met: {line}", "bold red") for line in unmet_limits(report)]
     return Group(*parts)
 
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from numpy.typing import ArrayLike
+from threadpoolctl import threadpool_limits
 
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.probe import random_inputs
@@ -92,7 +93,8 @@ def compress(
     settings = settings or Settings()
     if limits is not None:
         settings = replace(settings, limits=limits)
-    return _Run(model, data, settings, metric, progress or (lambda *_: None)).result()
+    with threadpool_limits(settings.threads):
+        return _Run(model, data, settings, metric, progress or (lambda *_: None)).result()
 
 
 class _Run:
