@@ -50,7 +50,8 @@ def node_costs(
     counted: set[str] = set()
     for node in model.nodes:
         params = weight_bytes = 0
-        arrays = {n: model.weights[n] for n in node.inputs if n in model.weights}
+        read = (*node.inputs, *sorted(node.captured))
+        arrays = {n: model.weights[n] for n in read if n in model.weights}
         if node.op == "Constant":
             arrays = {f"{node.id}.{k}": np.asarray(v) for k, v in node.attrs.items()}
         for name, array in arrays.items():
@@ -58,7 +59,7 @@ def node_costs(
                 counted.add(name)
                 params += array.size
                 weight_bytes += array.nbytes
-        costs[node.id] = Cost(params, _macs(model, tensors, linears, node), weight_bytes)
+        costs[node.id] = Cost(params, node_macs(model, tensors, linears, node), weight_bytes)
     return costs
 
 
@@ -72,12 +73,13 @@ def is_parameter(array: Array) -> bool:
     return bool(array.dtype.kind == "f" or array.dtype.name == "bfloat16")
 
 
-def _macs(
+def node_macs(
     model: Model,
     tensors: Mapping[str, TensorFact],
     linears: Mapping[str, Linear],
     node: Node,
 ) -> int:
+    """Return the multiply-accumulates of a node at the shapes of its tensors."""
     if node.id in linears:
         return linears[node.id].convolution.macs
     shapes = [tensors[n].shape if n in tensors else () for n in node.inputs]

@@ -232,6 +232,10 @@ def _refusal(model: Model, tensors: Mapping[str, TensorFact], node: Node) -> str
             return "it scales its product (alpha, beta)"
     if node.input(2) and node.input(2) not in model.weights:
         return "its bias is not an initializer"
+    if node.op == "Gemm" and node.input(2):
+        outputs = array.shape[0 if node.attrs.get("transB", 0) else 1]
+        if not _per_channel(model.weights[node.input(2)], outputs):
+            return "its bias is not one value per output channel"
     return ""
 
 
@@ -243,13 +247,12 @@ def _dense(model: Model, tensors: Mapping[str, TensorFact], node: Node) -> Linea
     if node.op == "MatMul":
         y, bias = _trailing_bias(model, node, outputs)
     rank = len(tensors[node.inputs[0]].shape)
-    shape = tensors[node.id].shape
-    rows = int(np.prod(shape[1:-1], dtype=np.int64))
+    rows = int(np.prod(tensors[node.id].shape[1:-1], dtype=np.int64))
     return Linear(
         node=node, x=node.inputs[0], y=y, weight=node.inputs[1], bias=bias,
         in_channels=inputs, out_channels=outputs, groups=1, kernel_shape=(), strides=(),
         dilations=(), stuffing=(), pads=(), in_extent=(rows,), out_extent=(rows,),
-        x_axis=rank - 1, y_axis=len(shape) - 1, dtype=weight.dtype,
+        x_axis=rank - 1, y_axis=len(tensors[y].shape) - 1, dtype=weight.dtype,
     )  # fmt: skip
 
 
@@ -260,9 +263,14 @@ def _trailing_bias(model: Model, node: Node, outputs: int) -> tuple[str, str]:
         add = uses[0].node
         other = add.inputs[1 - uses[0].index]
         array = model.weights.get(other)
-        if array is not None and array.size == outputs == array.shape[-1]:
+        if array is not None and _per_channel(array, outputs):
             return add.id, other
     return node.id, ""
+
+
+def _per_channel(bias: Array, channels: int) -> bool:
+    """Whether a bias has one value per channel, along its last axis."""
+    return bias.ndim > 0 and bias.size == channels == bias.shape[-1]
 
 
 def _convolution(model: Model, tensors: Mapping[str, TensorFact], node: Node) -> Linear:

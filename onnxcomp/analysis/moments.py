@@ -46,8 +46,6 @@ def collect_moments(
     Returns:
         Moments over (input channel, kernel position) in this order, or rows.
     """
-    inputs = np.arange(linear.in_channels) if inputs is None else inputs
-    outputs = np.arange(linear.out_channels) if outputs is None else outputs
     groups = grouped(linear, inputs, outputs)
     d = max(len(c) for c, _ in groups) * linear.spatial
     available = sum(y.size // y.shape[linear.y_axis] for y in ys)
@@ -64,8 +62,43 @@ def collect_moments(
     return tuple(builder.finish() for builder in builders)
 
 
-def grouped(linear: Linear, inputs: Index, outputs: Index) -> list[tuple[Index, Index]]:
-    """Return the given input and output channels of every group that has some."""
+def identity_moments(
+    linear: Linear,
+    kernel: Array,
+    bias: Array,
+    *,
+    inputs: Index | None = None,
+    outputs: Index | None = None,
+) -> tuple[SecondMoments, ...]:
+    """Return moments under which every solution comes from the weights alone.
+
+    Inputs are uncorrelated, of mean 0 and variance 1, and the targets are what the node makes
+    of them: refits change nothing, removals are not compensated, and low-rank forms are those
+    of the plain singular value decomposition.
+
+    Args:
+        linear: The node.
+        kernel: Its kernel, shape (m, c / groups, *kernel_shape).
+        bias: Its bias, shape (m,).
+        inputs: Channels of x to use, sorted; all if None.
+        outputs: Channels of y to use, sorted; all if None.
+    """
+    found = []
+    for c, m in grouped(linear, inputs, outputs):
+        block = kernel[np.ix_(m, c % (linear.in_channels // linear.groups))]
+        matrix = block.reshape(len(m), -1)
+        d = matrix.shape[1]
+        energy = np.einsum("md,md->m", matrix, matrix)
+        found.append(Moments(d, np.zeros(d), bias[m], np.eye(d), matrix, energy))
+    return tuple(found)
+
+
+def grouped(
+    linear: Linear, inputs: Index | None = None, outputs: Index | None = None
+) -> list[tuple[Index, Index]]:
+    """Return the given input and output channels (all if None) of every group with some."""
+    inputs = np.arange(linear.in_channels) if inputs is None else inputs
+    outputs = np.arange(linear.out_channels) if outputs is None else outputs
     per_in = linear.in_channels // linear.groups
     per_out = linear.out_channels // linear.groups
     pairs = [

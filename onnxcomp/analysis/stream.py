@@ -25,6 +25,7 @@ class Stream:
         model: The model; nodes in topological order.
         batches: One feed per batch.
         tensors: Dtype and rank of every tensor (`capture_tensors`).
+        keep: Tensors to hold to the end, besides the model's outputs.
         threads: Threads of every session.
     """
 
@@ -34,6 +35,7 @@ class Stream:
         batches: Sequence[Feeds],
         tensors: Mapping[str, TensorFact],
         *,
+        keep: Iterable[str] = (),
         threads: int = 1,
     ) -> None:
         self.model = model
@@ -43,13 +45,14 @@ class Stream:
         self._position = 0
         self._held: list[dict[str, Array]] = [dict(feed) for feed in batches]
         self._order = {node.id: index for index, node in enumerate(model.nodes)}
-        self._last_use = _last_uses(model)
+        self._last_use = _last_uses(model, keep)
 
     def set_weight(self, name: str, value: Array) -> None:
         """Let all nodes that have not run yet read another value of the same shape."""
         old = self.model.weights[name]
         if value.shape != old.shape:
-            raise ParameterError.of("Stream.set_weight", name, str(old.shape), value.shape)
+            owner, allowed = "Stream.set_weight", f"of shape {old.shape}"
+            raise ParameterError.of(owner, name, allowed, value.shape)
         self._weights[name] = value.astype(old.dtype)
 
     def advance(self, names: Iterable[str]) -> None:
@@ -134,13 +137,13 @@ class Stream:
         return {n for n in made if self._last_use.get(n, -1) >= position}
 
 
-def _last_uses(model: Model) -> dict[str, int]:
+def _last_uses(model: Model, keep: Iterable[str]) -> dict[str, int]:
     """Return the index of the last node that reads each tensor; outputs are read last."""
     last: dict[str, int] = {}
     for index, node in enumerate(model.nodes):
         for name in (*node.inputs, *node.captured):
             last[name] = index
-    last.update(dict.fromkeys(model.output_names, len(model.nodes)))
+    last.update(dict.fromkeys([*model.output_names, *keep], len(model.nodes)))
     return last
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, int, int, int]
 _PAYS = 1.05  # an option must be predicted at least so much faster than what it replaces
+_GEMM_WITHOUT_BIAS = 11  # first opset in which the bias of a Gemm is optional
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Factorize:
         for form in self.forms:
             if form not in FORMS:
                 raise ParameterError.choice("Factorize", "forms", FORMS, form)
+        if self.step is not None and self.step < 1:
+            raise ParameterError.of("Factorize", "step", "None or at least 1", self.step)
 
     def propose(self, facts: Analysis, /) -> Proposal:
         """Return every form and rank that saves parameters, and refusals for other nodes."""
@@ -125,7 +128,8 @@ class Factorize:
     def apply(self, draft: Draft, facts: Analysis, chosen: Mapping[Option, Arrays], /) -> None:
         """Replace the nodes of `chosen` by their chains."""
         for option, arrays in chosen.items():
-            _replace(draft, option, [arrays[str(index)] for index in range(len(arrays))])
+            kernels = [arrays[str(index)] for index in range(len(arrays))]
+            _replace(draft, option, kernels, facts.model.opset)
 
 
 def kernel_shape4(linear: Linear, out_channels: int, in_channels: int) -> Shape:
@@ -181,7 +185,7 @@ def _expressible(linear: Linear, form: str) -> bool:
     return not (linear.node.op == "ConvTranspose" and form == "spatial" and implicit)
 
 
-def _replace(draft: Draft, option: Option, kernels: list[Array]) -> None:
+def _replace(draft: Draft, option: Option, kernels: list[Array], opset: int) -> None:
     node_id = option.target
     op, attrs, inputs = draft.op(node_id), draft.attributes(node_id), draft.inputs(node_id)
     dtype = draft.weights[inputs[1]].dtype
@@ -190,6 +194,8 @@ def _replace(draft: Draft, option: Option, kernels: list[Array]) -> None:
     for index, kernel in enumerate(kernels):
         last = index == len(kernels) - 1
         step_op, step_attrs = _step(op, attrs, option.form, index, kernel.shape[2:])
+        if op == "Gemm" and not last and opset < _GEMM_WITHOUT_BIAS:
+            step_op, step_attrs = "MatMul", {}
         stored = stored_as(step_op, step_attrs, kernel).astype(dtype)
         stem = f"{inputs[1]}_{option.form}{index}"
         names = [tensor, draft.add_weight(stem, stored)]

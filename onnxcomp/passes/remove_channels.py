@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from onnxcomp.analysis.target import TARGETS, Target
+from onnxcomp.errors import ParameterError
 from onnxcomp.passes.base import Arrays, Need, Option, Proposal, Refusal
 from onnxcomp.passes.channel_surgery import remove
 
@@ -36,6 +37,10 @@ class RemoveChannels:
 
     target: Target = TARGETS["x86-avx512"]
     step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.step is not None and self.step < 1:
+            raise ParameterError.of("RemoveChannels", "step", "None or at least 1", self.step)
 
     def propose(self, facts: Analysis, /) -> Proposal:
         """Return the widths of every group that may shrink, and why others may not."""

@@ -11,7 +11,7 @@ relative to their variance, adds up over nodes where KL divergence and local err
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,15 +19,21 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcomp.analysis.linear import Linear
-from onnxcomp.analysis.moments import SecondMoments, collect_moments, grouped
+from onnxcomp.analysis.moments import (
+    SecondMoments,
+    collect_moments,
+    grouped,
+    identity_moments,
+)
 from onnxcomp.analysis.stream import Feeds, Stream
-from onnxcomp.model import Array, Model, Value, extract
+from onnxcomp.model import Array, Value, extract
 from onnxcomp.numerics.moments import Moments
 from onnxcomp.numerics.selection import Elimination, Reader, eliminate
 from onnxcomp.numerics.svd import FORMS
 from onnxcomp.passes.base import Option, Refusal
 from onnxcomp.passes.factorize import Factorize, kernel_shape4
 from onnxcomp.runtime import Session
+from onnxcomp.search.outputs import OutputError, raw_outputs
 from onnxcomp.search.space import Space
 
 _log = logging.getLogger(__name__)
@@ -55,46 +61,6 @@ class Losses:
     refusals: tuple[Refusal, ...]
 
 
-def raw_outputs(model: Model) -> tuple[str, ...]:
-    """Return the float outputs, each in front of its final Softmax where it has one."""
-    found = []
-    for value in model.signature.outputs:
-        if value.dtype.kind != "f":
-            continue
-        name = value.name
-        node = model.producers.get(name)
-        while node is not None and node.op in _SHAPE_OPS:
-            node = model.producers.get(node.inputs[0])
-        softmax = node is not None and node.op in ("Softmax", "LogSoftmax")
-        found.append(node.inputs[0] if softmax and node is not None else name)
-    return tuple(dict.fromkeys(found))
-
-
-_SHAPE_OPS = ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
-
-
-class OutputError:
-    """Mean over outputs of the squared change relative to the output's variance."""
-
-    def __init__(self, reference: Sequence[Mapping[str, Array]]) -> None:
-        self._reference = reference
-        self._scale = {}
-        for name in reference[0]:
-            values = np.concatenate([np.ravel(batch[name]) for batch in reference])
-            self._scale[name] = float(np.var(values, dtype=np.float64)) * values.size
-
-    def of(self, outputs: Iterable[Mapping[str, Array]]) -> float:
-        """Return the error of outputs given batch by batch; infinite where one is."""
-        sums = dict.fromkeys(self._scale, 0.0)
-        for mine, reference in zip(outputs, self._reference, strict=False):
-            for name in sums:
-                change = np.subtract(mine[name], reference[name], dtype=np.float64)
-                sums[name] += float(np.vdot(change, change))
-        ratios = [s / self._scale[n] if self._scale[n] else s for n, s in sums.items()]
-        error = float(np.mean(ratios))
-        return error if np.isfinite(error) else np.inf
-
-
 class LossMeter:
     """Measures the losses of a search space in one pass over the network.
 
@@ -105,6 +71,7 @@ class LossMeter:
         seed: Seed of the sampled positions.
         threads: Threads of every session.
         progress: Called with a label and the share done.
+        data_aware: Solve in the metric of the samples, or from the weights alone.
     """
 
     def __init__(
@@ -116,6 +83,7 @@ class LossMeter:
         seed: int,
         threads: int,
         progress: Progress,
+        data_aware: bool = True,
     ) -> None:
         self._space = space
         self._facts = space.facts
@@ -125,7 +93,8 @@ class LossMeter:
         self._seed = seed
         self._threads = threads
         self._progress = progress
-        self._outputs = raw_outputs(self._model)
+        self._data_aware = data_aware
+        self._outputs = raw_outputs(self._model, space.facts.tensors)
         self._forms: dict[Option, float] = {}
         self._widths: dict[str, dict[int, float]] = {}
         self._orders: dict[str, Elimination] = {}
@@ -133,7 +102,13 @@ class LossMeter:
 
     def run(self) -> Losses:
         """Visit all linear nodes in order and return what was measured."""
-        stream = Stream(self._model, self._batches, self._facts.tensors, threads=self._threads)
+        stream = Stream(
+            self._model,
+            self._batches,
+            self._facts.tensors,
+            keep=self._outputs,
+            threads=self._threads,
+        )
         session = Session(extract(self._model, (), self._outputs), threads=self._threads)
         reference = [
             session.run({n: feed[n] for n in session.input_names})
@@ -182,6 +157,10 @@ class LossMeter:
         self, stream: Stream, linear: Linear, position: int
     ) -> tuple[SecondMoments, ...]:
         """Return the moments of a node's inputs and outputs in the original network."""
+        if not self._data_aware:
+            weights = self._model.weights
+            bias = np.asarray(weights[linear.bias], np.float64).reshape(-1)
+            return identity_moments(linear, linear.kernel(weights[linear.weight]), bias)
         session = stream.tail([], [linear.y])
         xs = stream.batches(linear.x)
         ys = [
@@ -202,7 +181,7 @@ class LossMeter:
             if isinstance(metric, Moments) or option.form == "output_basis"
         ]
         errors: dict[Option, float] = {}
-        for form in {option.form for option in options}:
+        for form in dict.fromkeys(option.form for option in options):
             curve = FORMS[form].errors(flat, metric)
             errors |= {o: float(curve[o.size[0]]) for o in options if o.form == form}
         matrix = kernel.reshape(len(kernel), -1)
@@ -219,8 +198,10 @@ class LossMeter:
             bias = metric.bias(dense.reshape(len(dense), -1))
             return self._tail(stream, session, linear, dense, bias)
 
-        points = {option: errors[option] for option in kept}
-        self._forms |= _interpolated(points, loss)
+        found = _interpolated({option: errors[option] for option in kept}, loss)
+        self._forms |= found
+        if not found:
+            self._refusals[linear.id] = "with every smaller form the outputs overflow"
 
     def _efficient(self, linear: Linear, errors: Mapping[Option, float]) -> list[Option]:
         """Return the options that no other beats in error, MACs and parameters at once."""
@@ -319,13 +300,12 @@ class LossMeter:
         """Return a reader's weight and bias, refitted without the removed channels."""
         kept = self._space.input_side(linear).kept(removed)
         kernel = linear.kernel(self._model.weights[linear.weight])
+        old = self._model.weights[linear.bias]
         if len(self._model.readers[linear.weight]) > 1:
-            return {linear.weight: linear.stored(without_inputs(linear, kernel, kept))}
+            kernel = without_inputs(linear, kernel, kept)
+            return {linear.weight: linear.stored(kernel), linear.bias: old}
         kernel, bias = solve_dense(linear, kernel, metrics, kept)
-        return {
-            linear.weight: linear.stored(kernel),
-            linear.bias: like_bias(bias, self._model.weights[linear.bias]),
-        }
+        return {linear.weight: linear.stored(kernel), linear.bias: like_bias(bias, old)}
 
 
 def solve_dense(
@@ -349,7 +329,7 @@ def solve_dense(
     bias = np.zeros(len(kernel))
     per_in = linear.in_channels // linear.groups
     positions = np.arange(linear.spatial)
-    everything = grouped(linear, np.arange(linear.in_channels), np.arange(len(kernel)))
+    everything = grouped(linear)
     for metric, (c, m) in zip(metrics, everything, strict=True):
         stay = np.intersect1d(c, inputs) % per_in
         columns = (stay[:, None] * linear.spatial + positions).reshape(-1)
@@ -377,18 +357,24 @@ def _interpolated(errors: Mapping[T, float], loss: Callable[[T], float]) -> dict
 
     Args:
         errors: Closed-form error of every option.
-        loss: Measures one option.
+        loss: Measures one option; infinite where the outputs are not finite.
 
     Returns:
-        A loss for every option, never falling as the error grows.
+        A loss for every option: as measured, and between those never falling as the error
+        grows.  Options of larger error than every one of finite loss are left out.
     """
     ranked = sorted(errors, key=lambda o: errors[o])
     picks = np.unique(np.linspace(0, len(ranked) - 1, _MEASURED).round().astype(int))
     measured = {ranked[i]: loss(ranked[i]) for i in picks}
+    measured = {option: lost for option, lost in measured.items() if np.isfinite(lost)}
+    if not measured:
+        return {}
     tiny = 1e-30
-    x = np.log([max(errors[ranked[i]], tiny) for i in picks])
-    y = np.maximum.accumulate(np.log([max(measured[ranked[i]], tiny) for i in picks]))
-    at = np.log([max(errors[o], tiny) for o in ranked])
+    x = np.log([max(errors[option], tiny) for option in measured])
+    y = np.maximum.accumulate(np.log([max(lost, tiny) for lost in measured.values()]))
+    top = max(errors[option] for option in measured)
+    ranked = [option for option in ranked if errors[option] <= top]
+    at = np.log([max(errors[option], tiny) for option in ranked])
     return dict(zip(ranked, np.exp(np.interp(at, x, y)).tolist(), strict=True)) | measured
 
 

@@ -176,6 +176,7 @@ class _Run:
             seed=settings.seed,
             threads=settings.threads,
             progress=self._progress,
+            data_aware=settings.data_aware,
         )
         losses = self._timed("losses", meter.run)
         allocator = Allocator(space, losses, time_limit_s=settings.solver_seconds)
@@ -197,6 +198,7 @@ class _Run:
                 seed=settings.seed,
                 threads=settings.threads,
                 progress=self._progress,
+                data_aware=settings.data_aware,
             )
             candidate = finish(self._timed("walk", walk.run))
             if limits.size is None or candidate.file_bytes <= limits.size:

@@ -65,8 +65,9 @@ class Settings:
         target: Built-in profile of the CPU.
         grid: "auto", "off", or a number whose multiples widths and ranks must be.
         exclude: Regular expression; nodes whose name or output matches stay as they are.
+        data_aware: Solve in the metric of the samples; otherwise from the weights alone.
         seed: Seed of the split, of sampled positions and of random inputs.
-        threads: Threads of every session, also when latency is measured.
+        threads: Threads of every session and of NumPy, also when latency is measured.
         memory: Bytes that activations of the fitting samples may take.
         solver_seconds: Time limit of the knapsack.
         latency: Whether to measure latency.
@@ -78,6 +79,7 @@ class Settings:
     target: str = "x86-avx512"
     grid: str = "auto"
     exclude: str | None = None
+    data_aware: bool = True
     seed: int = 0
     threads: int = 1
     memory: float = 1e9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.channel_flow import Count
 from onnxcomp.analysis.channels import ChannelGroup
-from onnxcomp.analysis.cost import Cost, is_parameter
+from onnxcomp.analysis.cost import Cost, is_parameter, node_macs
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.target import Convolution, Target
+from onnxcomp.model import Node
 from onnxcomp.passes.base import Option, Proposal, Refusal
 from onnxcomp.passes.factorize import chain
 
@@ -99,10 +102,16 @@ class Space:
         }
         options = []
         for option in (option for proposal in proposals for option in proposal.options):
-            if exclude is not None and self._matches(option.target, exclude):
-                refusals.append(Refusal(option.target, f"excluded by '{exclude}'"))
+            reason = self._refusal(option.target, exclude)
+            if reason:
+                refusals.append(Refusal(option.target, reason))
             else:
                 options.append(option)
+        self.excluded: frozenset[str] = frozenset(
+            linear.id
+            for linear in facts.linears.values()
+            if exclude is not None and self._matches((linear.id, linear.y), exclude)
+        )
         self.refusals: tuple[Refusal, ...] = tuple(dict.fromkeys(refusals))
         self.widths: dict[str, tuple[int, ...]] = {}
         self.forms: dict[str, tuple[Option, ...]] = {}
@@ -115,12 +124,24 @@ class Space:
             elif option.method == "factorize":
                 self.forms[option.target] = (*self.forms.get(option.target, ()), option)
 
-    def _matches(self, target: str, pattern: str) -> bool:
-        """Whether a pattern names a node, or one of the nodes that carry a group."""
+    def _refusal(self, target: str, exclude: str | None) -> str:
+        """Return why a node, or one of the nodes that carry a group, must stay, or ""."""
         nodes = [target]
         if target in self.groups:
-            group = self.groups[target]
-            nodes = [*group.producers, *(reader.node for reader in group.readers)]
+            group, constants = self.groups[target], self.facts.channels.constants
+            readers = [reader.node for reader in group.readers]
+            for node in readers:
+                if node not in self.facts.linears:
+                    why = self.facts.not_linear.get(node, "it is not understood")
+                    return f"its reader '{node}' cannot be refitted: {why}"
+            sites = [site for part in group.slices for site in constants.sites(part.tensor)]
+            nodes = [*group.producers, *readers, *(node for node, _ in sites)]
+        if exclude is not None and self._matches(nodes, exclude):
+            return f"excluded by '{exclude}'"
+        return ""
+
+    def _matches(self, nodes: Sequence[str], pattern: str) -> bool:
+        """Whether a pattern names one of the nodes."""
         producers = self.facts.model.producers
         names = [
             n for node in nodes if node in producers for n in (node, producers[node].name)
@@ -154,9 +175,45 @@ class Space:
         """Return the convolutions that a node becomes at given widths."""
         if option is not None:
             return chain(linear, option.form, option.size[0], out_width, in_width)
-        groups = in_width if linear.depthwise else linear.groups
-        whole = linear.convolution
+        whole, groups = linear.convolution, linear.groups
+        if linear.id in self._group_counts:
+            groups = in_width * groups // linear.in_channels
         return [replace(whole, in_channels=in_width, out_channels=out_width, groups=groups)]
+
+    @cached_property
+    def _group_counts(self) -> frozenset[str]:
+        """Convolutions that lose whole groups, not the same channels of every group."""
+        fixes = self.facts.channels.fixes
+        counts = (fix for fix in fixes if isinstance(fix, Count) and fix.where == "group")
+        return frozenset(count.node for count in counts)
+
+    @cached_property
+    def _products(self) -> tuple[Node, ...]:
+        """Nodes other than linear ones whose MACs may change with the widths."""
+        axes = {tensor for tensor, _ in self.slices}
+        facts = self.facts
+        return tuple(
+            node
+            for node in facts.model.nodes
+            if node.id not in facts.linears
+            and facts.costs[node.id].macs
+            and not axes.isdisjoint((*node.inputs, node.id))
+        )
+
+    def _shape(self, tensor: str, widths: Widths) -> tuple[int, ...]:
+        """Return the shape of a tensor at given widths."""
+        shape = self.facts.tensors[tensor].shape
+        return tuple(self.side(tensor, a, size).width(widths) for a, size in enumerate(shape))
+
+    def _product_macs(self, node: Node, widths: Widths) -> int:
+        """Return the MACs of a node that is not linear at given widths."""
+        facts = self.facts
+        shapes = {
+            name: replace(facts.tensors[name], shape=self._shape(name, widths))
+            for name in (*node.inputs, node.id)
+            if name in facts.tensors
+        }
+        return node_macs(facts.model, shapes, {}, node)
 
     def cost(self, widths: Widths, forms: Mapping[str, Option]) -> Cost:
         """Return the exact cost of the whole model under a plan."""
@@ -169,9 +226,15 @@ class Space:
                 self.input_side(linear).width(widths),
                 self.output_side(linear).width(widths),
             )
-            macs += sum(step.macs for step in steps) - linear.convolution.macs
+            own = sum(step.macs for step in steps)
+            if linear.node.op == "MatMul":  # channels may lie along its rows, too
+                rows = self._shape(linear.node.id, widths)[1:-1]
+                own = own * math.prod(rows) // math.prod(linear.out_extent)
+            macs += own - linear.convolution.macs
             if linear.id in forms:
                 factored[linear.weight] = sum(step.weights for step in steps)
+        for node in self._products:
+            macs += self._product_macs(node, widths) - self.facts.costs[node.id].macs
         params, weight_bytes = base.params, base.weight_bytes
         for name, array in self.facts.model.weights.items():
             if not is_parameter(array):

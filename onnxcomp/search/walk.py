@@ -17,7 +17,12 @@ import numpy.typing as npt
 
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.linear import Linear
-from onnxcomp.analysis.moments import collect_moments, grouped
+from onnxcomp.analysis.moments import (
+    SecondMoments,
+    collect_moments,
+    grouped,
+    identity_moments,
+)
 from onnxcomp.analysis.stream import Feeds, Stream
 from onnxcomp.model import Array, Model
 from onnxcomp.passes.base import Arrays, Option
@@ -55,6 +60,8 @@ class Walk:
         seed: Seed of the sampled positions.
         threads: Threads of every session.
         progress: Called with a label and the share done.
+        data_aware: Refit every node in the metric of the samples, or change only the nodes
+            of the plan, from their weights alone.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class Walk:
         seed: int,
         threads: int,
         progress: Progress,
+        data_aware: bool = True,
     ) -> None:
         self._space = space
         self._facts: Analysis = space.facts
@@ -74,6 +82,7 @@ class Walk:
         self._plan = plan
         self._seed = seed
         self._progress = progress
+        self._data_aware = data_aware
         self._removed: dict[str, Index] = {
             name: losses.orders[name].order[: space.groups[name].size - width].astype(np.int64)
             for name, width in plan.widths.items()
@@ -104,17 +113,27 @@ class Walk:
         if len(self._model.readers[linear.weight]) > 1:
             solved = Solved(without_inputs(linear, kernel, inputs), None)
         else:
-            self._original.advance([linear.x])
-            self._current.advance([linear.x])
-            rng = np.random.default_rng([self._seed, position])
-            targets = self._targets(linear)
-            solved = self._solve(linear, kernel, inputs, outputs, targets, option, rng)
+            metrics = self._metrics(linear, kernel, inputs, outputs, position)
+            solved = self._solve(linear, kernel, inputs, outputs, metrics, option)
         self._solved[linear.id] = solved
         self._current.set_weight(linear.weight, linear.stored(solved.kernel))
         if solved.bias is not None:
             old = self._model.weights[linear.bias]
             self._current.set_weight(linear.bias, like_bias(solved.bias, old))
         self._changed = True
+
+    def _metrics(
+        self, linear: Linear, kernel: Array, inputs: Index, outputs: Index, position: int
+    ) -> tuple[SecondMoments, ...]:
+        """Return the moments of the compressed network's inputs and the wanted outputs."""
+        if not self._data_aware:
+            bias = np.asarray(self._model.weights[linear.bias], np.float64).reshape(-1)
+            return identity_moments(linear, kernel, bias, inputs=inputs, outputs=outputs)
+        self._original.advance([linear.x])
+        self._current.advance([linear.x])
+        rng = np.random.default_rng([self._seed, position])
+        xs, targets = self._current.batches(linear.x), self._targets(linear)
+        return collect_moments(linear, xs, targets, rng, inputs=inputs, outputs=outputs)
 
     def _targets(self, linear: Linear) -> list[Array]:
         """Return the original outputs, corrected by what the shortcut beside them lost."""
@@ -149,18 +168,9 @@ class Walk:
         kernel: Array,
         inputs: Index,
         outputs: Index,
-        targets: list[Array],
+        metrics: Sequence[SecondMoments],
         option: Option | None,
-        rng: np.random.Generator,
     ) -> Solved:
-        metrics = collect_moments(
-            linear,
-            self._current.batches(linear.x),
-            targets,
-            rng,
-            inputs=inputs,
-            outputs=outputs,
-        )
         full = np.zeros_like(kernel)
         bias = np.asarray(self._model.weights[linear.bias], np.float64).reshape(-1).copy()
         factors: Arrays | None = None
