@@ -32,11 +32,12 @@ class Draft:
         self._weights: dict[str, Array] = dict(model.weights)
         self._graph = _import(model)
         self._tensors: dict[str, gs.Variable] = {}
-        self._originals: dict[int, onnx.NodeProto] = {}
+        # Nodes are unhashable; holding them keeps their ids from being used again.
+        self._originals: dict[int, tuple[gs.Node, onnx.NodeProto]] = {}
         self._edited: set[int] = set()
         self._reshaped: set[str] = set()
         for node, proto in zip(self._graph.nodes, model.skeleton.graph.node, strict=True):
-            self._originals[id(node)] = proto
+            self._originals[id(node)] = (node, proto)
             self._tensors.update({t.name: t for t in [*node.inputs, *node.outputs] if t.name})
         for tensor in [*self._graph.inputs, *self._graph.outputs]:
             self._tensors[tensor.name] = tensor
@@ -219,7 +220,7 @@ class Draft:
         nodes: list[onnx.NodeProto] = []
         changed: set[str] = set()
         for node, proto in zip(self._graph.nodes, exported, strict=True):
-            original = self._originals.get(id(node))
+            original = self._originals.get(id(node), (None, None))[1]
             if original is not None and id(node) not in self._edited:
                 proto = original
             else:

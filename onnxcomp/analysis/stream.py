@@ -94,8 +94,7 @@ class Stream:
             return self.batches(name)
         session = self.tail([], [name])
         return [
-            session.run({n: held[n] for n in session.input_names})[name]
-            for held in self._held
+            session.run({n: held[n] for n in session.input_names})[name] for held in self._held
         ]
 
     def depends(self, name: str) -> set[str]:

@@ -102,7 +102,7 @@ class Space:
         }
         options = []
         for option in (option for proposal in proposals for option in proposal.options):
-            reason = self._refusal(option.target, exclude)
+            reason = self._refusal(option, exclude)
             if reason:
                 refusals.append(Refusal(option.target, reason))
             else:
@@ -124,11 +124,11 @@ class Space:
             elif option.method == "factorize":
                 self.forms[option.target] = (*self.forms.get(option.target, ()), option)
 
-    def _refusal(self, target: str, exclude: str | None) -> str:
+    def _refusal(self, option: Option, exclude: str | None) -> str:
         """Return why a node, or one of the nodes that carry a group, must stay, or ""."""
-        nodes = [target]
-        if target in self.groups:
-            group, constants = self.groups[target], self.facts.channels.constants
+        nodes = [option.target]
+        if option.method == "remove_channels":
+            group, constants = self.groups[option.target], self.facts.channels.constants
             readers = [reader.node for reader in group.readers]
             for node in readers:
                 if node not in self.facts.linears:

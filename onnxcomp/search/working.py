@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.constants import Site
 from onnxcomp.model import Model
 from onnxcomp.passes import FINISH, PREPARE
 from onnxcomp.passes.base import Pass, Refusal, run_exact
@@ -29,19 +33,45 @@ def finish(model: Model) -> Model:
 
 
 def working_model(prepared: Model, samples: Samples | None, *, seed: int) -> Model:
-    """Return a prepared model with BatchNorm folded and private, explicit biases."""
+    """Return a prepared model with BatchNorm folded and private, explicit biases.
+
+    Other constants that carry different channels for different readers, such as one PRelu
+    slope in two places, become private as well.
+    """
     folded, _ = _run(prepared, (FoldBatchnorm(), MakeBiasesExplicit()))
-    facts = Analysis(folded, samples, seed=seed)
+    sites = _sites_to_fork(Analysis(folded, samples, seed=seed))
+    if not sites:
+        return folded
     draft = folded.edit()
-    shared = False
-    for linear in facts.linears.values():
-        uses = folded.readers.get(linear.bias, ())
-        for use in uses[1:]:
+    for node, index in sites:
+        name = folded.producers[node].inputs[index]
+        draft.set_input(node, index, draft.add_weight(name, folded.weights[name]))
+    return draft.seal(by="working_model")
+
+
+def _sites_to_fork(facts: Analysis) -> list[Site]:
+    """Return the inputs that need their own copy of the initializer they read."""
+    model, linears = facts.model, facts.linears.values()
+    biases: dict[str, list[Site]] = {}
+    for linear in linears:
+        for use in model.readers.get(linear.bias, ()):
             if use.node.id in (linear.id, linear.y):
-                name = draft.add_weight(linear.bias, folded.weights[linear.bias])
-                draft.set_input(use.node.id, use.index, name)
-                shared = True
-    return draft.seal(by="working_model") if shared else folded
+                biases.setdefault(linear.bias, []).append((use.node.id, use.index))
+    forks: dict[Site, None] = {}
+    for name, sites in biases.items():
+        lone = len(sites) == len(model.readers[name]) and name not in model.output_names
+        forks |= dict.fromkeys(sites[1:] if lone else sites)
+    kept = {linear.weight for linear in linears} | biases.keys()
+    first: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
+    several = {name for name, uses in model.readers.items() if len(uses) > 1}
+    several &= model.weights.keys() - kept
+    for use in facts.channels.uses if several else ():
+        if model.producers[use.node].inputs[use.index] not in several:
+            continue
+        labels = first.setdefault((use.tensor, use.axis), use.labels)
+        if not np.array_equal(labels, use.labels):
+            forks[use.node, use.index] = None
+    return list(forks)
 
 
 def _run(model: Model, passes: Sequence[Pass]) -> tuple[Model, list[Refusal]]:
