@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -274,15 +275,17 @@ def _deliver(
     report = result.report
     report.ladder.raise_if_failed()
     proto = result.model.to_proto(external=True)
-    write_model(proto, outputs.model, inputs=inputs, external=result.model.weights)
+    written = write_model(proto, outputs.model, inputs=inputs, external=result.model.weights)
+    report = replace(report, result=replace(report.result, file_bytes=written))
     write_text(outputs.recipe, recipe, inputs=inputs)
     if outputs.page is not None:
         before, after = (Analysis(m, opened.samples) for m in (opened.model, result.model))
         page = render(report, layer_changes(before, after))
         write_text(outputs.page, page, inputs=inputs)
     _emit(outputs.json, report.to_json(), report_view(report))
-    if not result.met:
-        reasons = "; ".join(unmet_limits(report)) or "see the notes"
+    unmet = unmet_limits(report)
+    if unmet or not result.met:
+        reasons = "; ".join(unmet) or "see the notes"
         raise LimitError(f"limit not met: {reasons}; the best is in {outputs.model}")
 
 

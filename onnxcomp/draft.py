@@ -114,8 +114,6 @@ class Draft:
         node = self._node(node_id)
         node.inputs.clear()
         node.outputs.clear()
-        self._originals.pop(id(node), None)  # a new node may get the same id
-        self._edited.discard(id(node))
         self._graph.nodes[:] = [n for n in self._graph.nodes if n is not node]
 
     def set_input(self, node_id: str, index: int, name: str) -> None:

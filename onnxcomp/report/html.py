@@ -104,6 +104,10 @@ def render_inspection(inspection: Inspection) -> str:
         for la in inspection.layers
     ]
     shared = [[t.name, _shape(t.shape), ", ".join(t.readers)] for t in inspection.shared]
+    repeated = [
+        [str(r.stage), str(r.position), _shape(r.kernel), ", ".join(r.members)]
+        for r in inspection.repetitions
+    ]
     groups = [
         [g.name, str(g.size), ", ".join(g.producers), ", ".join(g.readers), g.pinned or ""]
         for g in inspection.groups
@@ -115,6 +119,9 @@ def render_inspection(inspection: Inspection) -> str:
         _notes(inspection.notes),
         _table(["|", ""], facts),
         _section("Layers", _table(header, layers)),
+        _section(
+            "Repeated layers", _table(["stage>", "place>", "kernel|", "layers"], repeated)
+        ),
         _section("Shared initializers", _table(["name", "shape|", "read by"], shared)),
         _section("Channel groups", _table(made, groups)),
     ]

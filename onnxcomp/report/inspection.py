@@ -13,6 +13,7 @@ from onnxcomp.passes import PASSES
 from onnxcomp.report import SCHEMA_VERSION
 
 if TYPE_CHECKING:
+    from onnxcomp.analysis.blocks import Block, Repetition
     from onnxcomp.passes.base import Refusal
     from onnxcomp.runtime import TensorFact
 
@@ -120,6 +121,8 @@ class Inspection:
         cost: Parameters, MACs and bytes of weights in all.
         layers: Nodes with parameters or MACs, in file order.
         shared: Initializers with several readers.
+        blocks: Residual blocks.
+        repetitions: Layers of equal shape at the same place of repeated blocks.
         groups: Channel groups.
         passes: What every pass could do.
         notes: What the reader must know first.
@@ -138,6 +141,8 @@ class Inspection:
     cost: Cost
     layers: tuple[Layer, ...]
     shared: tuple[SharedTensor, ...]
+    blocks: tuple[Block, ...]
+    repetitions: tuple[Repetition, ...]
     groups: tuple[GroupView, ...]
     passes: tuple[PassView, ...]
     notes: tuple[str, ...]
@@ -175,6 +180,8 @@ def inspect_model(
             if costs[node.id].params or costs[node.id].macs
         ),
         shared=_shared(model),
+        blocks=() if facts is None else facts.blocks,
+        repetitions=() if facts is None else facts.repetitions,
         groups=() if facts is None else _groups(facts),
         passes=() if facts is None else tuple(_pass_view(name, facts) for name in PASSES),
         notes=tuple(notes),

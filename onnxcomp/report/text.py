@@ -152,6 +152,13 @@ def inspection_view(inspection: Inspection) -> RenderableType:
                 Text(clean(tensor.name)), _shape(tensor.shape), _names(tensor.readers)
             )
         parts.append(table)
+    if inspection.repetitions:
+        table = _table("repeated layers", "stage>", "place>", "kernel", "such as")
+        for found in inspection.repetitions:
+            place = ["" if n < 0 else str(n) for n in (found.stage, found.position)]
+            kernel, members = _shape(found.kernel), _names(found.members)
+            table.add_row(str(len(found.members)), *place, kernel, members)
+        parts.append(table)
     if inspection.groups:
         table = _table("channel group", "size>", "made by", "read by", "why it must stay")
         for group in inspection.groups:

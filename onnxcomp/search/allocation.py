@@ -6,6 +6,7 @@ its two sides and its own form, with its exact MACs, parameters and bytes there.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -43,12 +44,16 @@ class Allocator:
         )
         self._scale = max([*losses.forms.values(), 1e-12], default=1e-12)
 
-    def choose(self, limits: Limits) -> Plan:
+    def choose(self, limits: Limits, *, fast: bool = False) -> Plan:
         """Return the plan of least predicted loss within absolute limits.
 
         Groups with one reader decouple the nodes and are solved first.  The loss found bounds
         the second programme, in which shared groups (residual trunks) take part with those of
         their widths that do not lose more by themselves.
+
+        Args:
+            limits: Absolute limits.
+            fast: Leave out the second programme where the first has a solution.
 
         Raises:
             LimitError: No plan is within them; names the smallest that is.
@@ -66,7 +71,7 @@ class Allocator:
             for name in self._names
             if name in lone or min(self._losses.widths[name].values()) < ceiling
         ]
-        if first is not None and len(every) == len(lone):
+        if first is not None and (fast or len(every) == len(lone)):
             return first
         try:
             second = self._approach(limits, every, ceiling)
@@ -114,9 +119,12 @@ class Allocator:
         best = Plan({}, {}, 0.0, self._space.facts.cost)
         for _ in range(6):
             share = (low + high) / 2
-            raised = np.where(np.isfinite(bound), bound + share * (whole - bound), np.inf)
+            raised = [
+                limit + share * (size - limit) if np.isfinite(limit) else None
+                for limit, size in zip(bound.tolist(), whole.tolist(), strict=True)
+            ]
             try:
-                best = self.choose(Limits(*np.maximum(raised, 2.0).tolist()))
+                best = self.choose(Limits(*raised))
                 high = share
             except LimitError:
                 low = share
@@ -157,10 +165,11 @@ class Allocator:
             tables.append(table)
             touched += whole
         fixed = self._measure({}, {}) - touched
+        tables.append(Table((), np.zeros((1, 0), np.int64), np.zeros(1), fixed[None]))
         found = allocate(
             [len(domains[n]) for n in names],
             tables,
-            bound - fixed,
+            bound,
             time_limit_s=self._time_limit_s,
             relative_gap=_GAP,
         )
@@ -170,9 +179,19 @@ class Allocator:
             if domains[name][value] < self._space.groups[name].size
         }
         chosen = (options[row] for options, row in zip(rows, found.options, strict=False))
-        forms = {option.target: option for option in chosen if option is not None}
+        forms = {
+            option.target: option
+            for option in chosen
+            if option is not None and self._still_fits(option, widths)
+        }
         cost = self._space.cost(widths, forms)
-        return Plan(widths, forms, found.loss, cost), found.costs + fixed
+        return Plan(widths, forms, found.loss, cost), found.costs
+
+    def _still_fits(self, option: Option, widths: Mapping[str, int]) -> bool:
+        """Whether a rank is possible where a third group took another width than assumed."""
+        linear = self._space.facts.linears[option.target]
+        inputs, outputs = self._space.input_side(linear), self._space.output_side(linear)
+        return _fits(linear, option, outputs.width(widths), inputs.width(widths))
 
     def _node_table(
         self,
@@ -255,6 +274,12 @@ def _fits(linear: Linear, option: Option, out_width: int, in_width: int) -> bool
 
 
 def _spelled(message: str) -> str:
+    """Return a message of the knapsack with its limits by name."""
     for index, name in enumerate(NAMES):
         message = message.replace(f"limit {index}", f"the limit on {name}")
-    return message
+
+    def named(match: re.Match[str]) -> str:
+        names = [NAMES[int(index)] for index in match[1].split(",")]
+        return f"under the limits on {' and '.join(names)}"
+
+    return re.sub(r"under limits \[([\d, ]+)\]", named, message)

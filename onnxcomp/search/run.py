@@ -17,22 +17,19 @@ from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.probe import random_inputs
 from onnxcomp.analysis.target import find_target
 from onnxcomp.bench import Benchmark, is_slower, paired_latency
-from onnxcomp.errors import LimitError, UnsupportedModelError
+from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.evaluate import usable_batch
 from onnxcomp.metrics import Metric
 from onnxcomp.model import Array, Model
-from onnxcomp.passes.base import Refusal
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.report import Figures, Report
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples, as_samples
-from onnxcomp.search.actions import describe
-from onnxcomp.search.allocation import Allocator
-from onnxcomp.search.losses import Losses, LossMeter, Progress
+from onnxcomp.search.losses import Progress
+from onnxcomp.search.search import Outcome, Search
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.space import Plan, Space
-from onnxcomp.search.walk import Walk
 from onnxcomp.search.working import finish, prepare, working_model
 from onnxcomp.validation import Ladder, validate
 
@@ -40,7 +37,6 @@ _log = logging.getLogger(__name__)
 _RANDOM_SAMPLES = 128
 _MEASURED_SAMPLES = 128
 _BATCH = 32
-_SIZE_ROUNDS = 3
 _STATE_BYTES = 8  # of a live float32, in both networks of the walk
 
 
@@ -52,8 +48,9 @@ class Result:
         model: The model to ship.
         plan: What was done to it.
         report: Everything that was found and measured.
-        pareto: Predicted points: (share of MACs, predicted loss), best first.
+        pareto: Predicted points (share of the original's MACs, loss), most MACs first.
         met: Whether all limits hold.
+        interrupted: Whether Ctrl-C ended the search; the model is then the best so far.
     """
 
     model: Model
@@ -61,6 +58,7 @@ class Result:
     report: Report
     pareto: tuple[tuple[float, float], ...]
     met: bool
+    interrupted: bool = False
 
 
 def compress(
@@ -71,6 +69,7 @@ def compress(
     settings: Settings | None = None,
     metric: Metric | None = None,
     progress: Progress | None = None,
+    dry_run: bool = False,
 ) -> Result:
     """Compress a model after training.
 
@@ -81,6 +80,8 @@ def compress(
         settings: Everything else.
         metric: Task metric to report; drift is always reported.
         progress: Called with a label and the share of the phase that is done.
+        dry_run: Stop at the plan: the report carries predicted figures, and the model is the
+            prepared original.
 
     Returns:
         The result; where nothing pays, its model is the prepared original.
@@ -94,7 +95,8 @@ def compress(
     if limits is not None:
         settings = replace(settings, limits=limits)
     with threadpool_limits(settings.threads):
-        return _Run(model, data, settings, metric, progress or (lambda *_: None)).result()
+        run = _Run(model, data, settings, metric, progress or (lambda *_: None))
+        return run.result(dry_run=dry_run)
 
 
 class _Run:
@@ -132,24 +134,31 @@ class _Run:
             self._fit = self._holdout = samples
             self._notes.append("one sample only: fitted and judged on the same input")
 
-    def result(self) -> Result:
+    def result(self, *, dry_run: bool) -> Result:
         """Run all phases."""
-        settings = self._settings
-        prepared, refusals = self._timed("prepare", lambda: prepare(self._original))
-        plain = finish(prepared)
-        base = Analysis(self._original, self._fit, seed=settings.seed)
-        work = working_model(prepared, self._fit, seed=settings.seed)
-        facts = Analysis(work, self._fit, seed=settings.seed, threads=settings.threads)
-        space = self._space(facts)
-        limits = settings.limits.absolute(
-            base.cost.macs, base.cost.params, self._original.file_bytes
+        settings, seed = self._settings, self._settings.seed
+        prepared, self._refusals = self._timed("prepare", partial(prepare, self._original))
+        self._plain = finish(prepared)
+        self._base = Analysis(self._original, self._fit, seed=seed)
+        work = working_model(prepared, self._fit, seed=seed)
+        facts = Analysis(work, self._fit, seed=seed, threads=settings.threads)
+        self._search = Search(
+            self._space(facts), *self._batches(facts), settings, self._progress, self._notes
         )
-        plan, candidate = Plan({}, {}, 0.0, facts.cost), plain
-        losses: Losses | None = None
-        met = True
-        if settings.limits != Limits():
-            plan, candidate, losses, met = self._search(space, limits, plain)
-        return self._judge(base, space, plan, candidate, plain, losses, refusals, met)
+        cost = self._base.cost
+        limits = settings.limits.absolute(cost.macs, cost.params, self._original.file_bytes)
+        if settings.limits == Limits():
+            return self._judge(Outcome(self._search.nothing, self._plain, True))
+        if dry_run:
+            plan, met = self._search.plan(limits)
+            return self._preview(plan, met)
+        try:
+            return self._judge(self._search.run(limits, self._plain))
+        except KeyboardInterrupt:
+            self._notes.append("interrupted; the prepared original is the best so far")
+            self._settings = replace(settings, latency=False)
+            result = self._judge(Outcome(self._search.nothing, self._plain, False))
+            return replace(result, interrupted=True)
 
     def _space(self, facts: Analysis) -> Space:
         settings = self._settings
@@ -162,55 +171,6 @@ class _Run:
         return Space(
             facts, [pass_.propose(facts) for pass_ in passes], target, settings.exclude
         )
-
-    def _search(
-        self, space: Space, limits: Limits, plain: Model
-    ) -> tuple[Plan, Model, Losses, bool]:
-        """Measure, allocate and walk until the written size holds too."""
-        settings = self._settings
-        batches, measured = self._batches(space.facts)
-        meter = LossMeter(
-            space,
-            batches,
-            measured=measured,
-            seed=settings.seed,
-            threads=settings.threads,
-            progress=self._progress,
-            data_aware=settings.data_aware,
-        )
-        losses = self._timed("losses", meter.run)
-        allocator = Allocator(space, losses, time_limit_s=settings.solver_seconds)
-        wanted, candidate = limits, plain
-        plan = Plan({}, {}, 0.0, space.facts.cost)
-        for _ in range(_SIZE_ROUNDS):
-            try:
-                plan = self._timed("allocate", partial(allocator.choose, wanted))
-            except LimitError as error:
-                self._notes.append(str(error))
-                plan = self._timed("allocate", partial(allocator.smallest, wanted))
-            if plan.empty:
-                return plan, plain, losses, self._within(plain, limits)
-            walk = Walk(
-                space,
-                plan,
-                losses,
-                batches,
-                seed=settings.seed,
-                threads=settings.threads,
-                progress=self._progress,
-                data_aware=settings.data_aware,
-            )
-            candidate = finish(self._timed("walk", walk.run))
-            if limits.size is None or candidate.file_bytes <= limits.size:
-                break
-            excess = candidate.file_bytes - limits.size
-            wanted = replace(wanted, size=(wanted.size or limits.size) - 1.05 * excess)
-        return plan, candidate, losses, self._within(candidate, limits)
-
-    def _within(self, model: Model, limits: Limits) -> bool:
-        cost = Analysis(model, self._fit).cost
-        row = (cost.macs, cost.params, model.file_bytes)
-        return all(found <= limit for found, limit in zip(row, limits.row, strict=True))
 
     def _batches(self, facts: Analysis) -> tuple[list[Mapping[str, Array]], int]:
         """Return the feeds that fit the memory, and on how many losses are measured."""
@@ -233,43 +193,53 @@ class _Run:
             measured += 1
         return [batch.feed for batch in batches], measured
 
-    def _judge(
-        self,
-        base: Analysis,
-        space: Space,
-        plan: Plan,
-        candidate: Model,
-        plain: Model,
-        losses: Losses | None,
-        refusals: list[Refusal],
-        met: bool,
-    ) -> Result:
+    def _preview(self, plan: Plan, met: bool) -> Result:
+        """Return a result that was not made: the plan with its predicted figures."""
+        size = self._search.space.file_bytes(plan.cost, plan.forms)
+        figures = Figures(plan.cost.params, plan.cost.macs, size, None)
+        report = self._report(plan, self._validate(self._plain), None, figures, met)
+        return Result(self._plain, plan, report, self._search.front(self._base.cost.macs), met)
+
+    def _judge(self, outcome: Outcome) -> Result:
         """Validate, measure, and fall back where the candidate does not pay."""
-        ladder = self._timed("validate", lambda: self._validate(candidate))
-        benchmark = self._timed("latency", lambda: self._latency(candidate))
-        reason = self._regret(plan, candidate, ladder, benchmark)
+        plan, candidate, met = outcome.plan, outcome.model, outcome.met
+        ladder = self._timed("validate", partial(self._validate, candidate))
+        benchmark = self._timed("latency", partial(self._latency, candidate))
+        reason = self._regret(candidate, ladder, benchmark)
         if reason:
             self._notes.append(f"{reason}; the prepared original was kept")
-            plan, candidate = Plan({}, {}, 0.0, space.facts.cost), plain
-            if plain.file_bytes > self._original.file_bytes:
+            plan, candidate = self._search.nothing, self._plain
+            if candidate.file_bytes > self._original.file_bytes:
                 candidate = self._original
             met = self._settings.limits == Limits()
             ladder, benchmark = self._validate(candidate), self._latency(candidate)
-        actions, changed = describe(space, plan, losses)
-        report = Report(
-            original=Figures.of(base, benchmark, 0),
-            result=Figures.of(Analysis(candidate, self._fit), benchmark, 1),
+        figures = Figures.of(Analysis(candidate, self._fit), benchmark, 1)
+        report = self._report(plan, ladder, benchmark, figures, met)
+        front = self._search.front(self._base.cost.macs)
+        return Result(candidate, plan, report, front, met)
+
+    def _report(
+        self,
+        plan: Plan,
+        ladder: Ladder,
+        benchmark: Benchmark | None,
+        figures: Figures,
+        met: bool,
+    ) -> Report:
+        actions, changed = self._search.describe(plan)
+        return Report(
+            original=Figures.of(self._base, benchmark, 0),
+            result=figures,
             actions=actions,
-            refusals=(*space.refusals, *(losses.refusals if losses else ()), *refusals),
+            refusals=(*self._search.refusals, *self._refusals),
             ladder=ladder,
             benchmark=benchmark,
             notes=tuple(self._notes),
-            seconds=dict(self._seconds),
-            changed_macs=changed / max(base.cost.macs, 1),
+            seconds=self._seconds | self._search.seconds,
+            changed_macs=changed / max(self._base.cost.macs, 1),
             met=met,
             settings=self._settings,
         )
-        return Result(candidate, plan, report, (), met)
 
     def _validate(self, candidate: Model) -> Ladder:
         return validate(
@@ -290,9 +260,7 @@ class _Run:
             [self._original, candidate], feeds, threads=self._settings.threads, time_limit_s=20
         )
 
-    def _regret(
-        self, plan: Plan, candidate: Model, ladder: Ladder, benchmark: Benchmark | None
-    ) -> str:
+    def _regret(self, candidate: Model, ladder: Ladder, benchmark: Benchmark | None) -> str:
         """Return why the candidate must not be shipped, or ""."""
         if not ladder.passed:
             failed = ladder.rungs[-1]

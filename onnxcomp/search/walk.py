@@ -106,7 +106,7 @@ class Walk:
         outputs = self._space.output_side(linear).kept(self._removed)
         option = self._plan.forms.get(linear.id)
         untouched = option is None and len(inputs) == linear.in_channels
-        if untouched and not self._changed:
+        if untouched and (not self._changed or linear.id in self._space.excluded):
             return
         weight = self._model.weights[linear.weight]
         kernel = linear.kernel(weight)

@@ -61,16 +61,16 @@ def _sites_to_fork(facts: Analysis) -> list[Site]:
     for name, sites in biases.items():
         lone = len(sites) == len(model.readers[name]) and name not in model.output_names
         forks |= dict.fromkeys(sites[1:] if lone else sites)
-    kept = {linear.weight for linear in linears} | biases.keys()
     first: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
     several = {name for name, uses in model.readers.items() if len(uses) > 1}
-    several &= model.weights.keys() - kept
-    for use in facts.channels.uses if several else ():
-        if model.producers[use.node].inputs[use.index] not in several:
+    several &= model.weights.keys() - {linear.weight for linear in linears}
+    for part in facts.channels.uses if several else ():
+        site = (part.node, part.index)
+        if site in forks or model.producers[part.node].inputs[part.index] not in several:
             continue
-        labels = first.setdefault((use.tensor, use.axis), use.labels)
-        if not np.array_equal(labels, use.labels):
-            forks[use.node, use.index] = None
+        labels = first.setdefault((part.tensor, part.axis), part.labels)
+        if not np.array_equal(labels, part.labels):
+            forks[site] = None
     return list(forks)
 
 
