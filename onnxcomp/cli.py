@@ -22,7 +22,7 @@ from onnxcomp.bench import paired_latency
 from onnxcomp.errors import LimitError, OnnxcompError, ParameterError, UnsupportedModelError
 from onnxcomp.loading import as_model, read_model, write_model, write_text
 from onnxcomp.metrics import load_metric
-from onnxcomp.opening import Opened, first_samples, open_model
+from onnxcomp.opening import STDOUT, Opened, check_outputs, first_samples, open_model
 from onnxcomp.recipe import (
     Recipe,
     dump_recipe,
@@ -41,6 +41,7 @@ from onnxcomp.report.text import (
     clean,
     comparison_view,
     inspection_view,
+    plan_view,
     report_view,
     unmet_limits,
 )
@@ -49,7 +50,6 @@ from onnxcomp.search.run import compress as compress_model
 from onnxcomp.search.settings import Limits
 
 _PIPE_WIDTH = 140  # columns where stdout is no terminal
-_STDOUT = Path("-")
 
 
 class _Commands(TyperGroup):
@@ -158,6 +158,7 @@ _Memory = Annotated[
 ]
 _Seed = Annotated[int | None, typer.Option(min=0, help="Seed of everything that is drawn.")]
 _Force = Annotated[bool, typer.Option("--force", help="Keep a larger or slower result.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
 _Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 _Drop = Annotated[
     float | None,
@@ -178,7 +179,7 @@ def inspect(
     """Show layers, MACs, parameters, shared tensors, channel groups and refusals."""
     loaded = read_model(model)
     inputs = _inputs(loaded.files, data, preprocess)
-    _check_outputs({"--json": json_file, "--html": html}, inputs)
+    check_outputs({"--json": json_file, "--html": html}, inputs)
     notes, samples = list(loaded.warnings), None
     try:
         samples = first_samples(loaded, data, preprocess=preprocess)
@@ -212,6 +213,7 @@ def compress(
     threads: _Threads = None,
     report: Annotated[Path | None, _path("--report", "Write a page.")] = None,
     json_file: _Json = None,
+    dry_run: _DryRun = False,
     force: _Force = False,
     quiet: _Quiet = False,
 ) -> None:
@@ -237,15 +239,18 @@ def compress(
     with ProgressView(_stderr(), quiet=quiet) as progress:
         opened = open_model(model, data, preprocess=preprocess, seed=settings.seed)
         inputs = _inputs(opened.model.files, data, preprocess, recipe)
-        _check_outputs(outputs.by_flag(), inputs)
+        check_outputs(outputs.by_flag(), inputs)
         result = compress_model(
             opened.model,
             opened.user_samples,
             settings=settings,
             metric=None if metric is None else load_metric(metric),
             progress=progress.update,
+            dry_run=dry_run,
         )
     _warn(opened.warnings)
+    if dry_run:
+        return _show_plan(result, json_file)
     sources = provenance({"model": model, "data": data, "preprocess": preprocess})
     text = dump_recipe(settings, metric=metric, provenance=sources)
     _deliver(result, opened, text, outputs, inputs)
@@ -262,6 +267,14 @@ class _Outputs(NamedTuple):
     def by_flag(self) -> dict[str, Path | None]:
         """Return the files by the flag that names them."""
         return dict(zip(("-o", "-o (its recipe)", "--report", "--json"), self, strict=True))
+
+
+def _show_plan(result: Result, json_file: Path | None) -> None:
+    """Print what a compression would do, and tell by the exit code whether it is enough."""
+    payload = {**result.report.to_json(), "dry_run": True}
+    _emit(json_file if json_file == STDOUT else None, payload, plan_view(result.report))
+    if not result.met:
+        raise LimitError(f"limit not met: {'; '.join(unmet_limits(result.report))}")
 
 
 def _deliver(
@@ -283,6 +296,9 @@ def _deliver(
         page = render(report, layer_changes(before, after))
         write_text(outputs.page, page, inputs=inputs)
     _emit(outputs.json, report.to_json(), report_view(report))
+    if result.interrupted:
+        _complain(f"interrupted; the best so far is in {outputs.model}")
+        raise typer.Exit(130)
     unmet = unmet_limits(report)
     if unmet or not result.met:
         reasons = "; ".join(unmet) or "see the notes"
@@ -307,7 +323,7 @@ def compare(
     """
     first, second = open_model(original, data), open_model(candidate, data)
     inputs = _inputs((*first.model.files, *second.model.files), data)
-    _check_outputs({"--json": json_file}, inputs)
+    check_outputs({"--json": json_file}, inputs)
     if metric is None and max_drop is not None:
         metric = "agreement" if first.samples.labels is None else "top1"
     found = compare_models(
@@ -333,7 +349,7 @@ def bench(
 ) -> None:
     """Measure latency, paired and interleaved, with an A/A control; the first is the base."""
     opened = [open_model(path, data) for path in models]
-    _check_outputs(
+    check_outputs(
         {"--json": json_file}, _inputs([f for one in opened for f in one.model.files], data)
     )
     taken = [[value.name for value in one.model.signature.inputs] for one in opened]
@@ -354,27 +370,10 @@ def _inputs(files: Iterable[Path], *given: Path | None) -> list[Path]:
     return [*files, *(path for path in given if path is not None)]
 
 
-def _check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) -> None:
-    """Refuse outputs that cannot be written, before anything takes time."""
-    read, written = {os.path.realpath(path) for path in inputs}, set[str]()
-    for flag, path in outputs.items():
-        if path is None or path == _STDOUT:
-            continue
-        if path.is_dir() or not path.parent.is_dir():
-            problem = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-            raise ParameterError(f"{flag}: '{path}' {problem}")
-        real = os.path.realpath(path)
-        if real in read:
-            raise ParameterError(f"{flag}: '{path}' is an input, which is never overwritten")
-        if real in written:
-            raise ParameterError(f"{flag}: '{path}' would be written twice")
-        written.add(real)
-
-
 def _emit(path: Path | None, payload: Mapping[str, Any], view: RenderableType) -> None:
     """Print tables, write JSON to a file, or print nothing but JSON."""
     text = json.dumps(payload, indent=1) + "\n"
-    if path == _STDOUT:
+    if path == STDOUT:
         typer.echo(text, nl=False)
         return
     if path is not None:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from onnxcomp.analysis.probe import _shapes as usual_shapes
-from onnxcomp.errors import ExecutionError, OnnxcompError, UnsupportedModelError
+from onnxcomp.errors import (
+    ExecutionError,
+    OnnxcompError,
+    ParameterError,
+    UnsupportedModelError,
+)
 from onnxcomp.loading import LoadedModel, as_model, read_model
 from onnxcomp.model import Model, Value
 from onnxcomp.samples import Samples, load_samples, random_samples
 from onnxcomp.sandbox import first_run
 
 FilePath = str | os.PathLike[str]
+STDOUT = Path("-")
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,31 @@ def first_samples(
     raise UnsupportedModelError(
         f"{loaded.path}: it runs on no random input; give samples with --data ({reason})"
     )
+
+
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) -> None:
+    """Refuse outputs that cannot be written, before anything takes time.
+
+    Args:
+        outputs: Files to write, by the flag that names them; "-" stands for stdout.
+        inputs: Files and folders that are read.
+
+    Raises:
+        ParameterError: An output is an input, a folder, in no folder, or named twice.
+    """
+    read, written = {os.path.realpath(path) for path in inputs}, set[str]()
+    for flag, path in outputs.items():
+        if path is None or path == STDOUT:
+            continue
+        if path.is_dir() or not path.parent.is_dir():
+            problem = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+            raise ParameterError(f"{flag}: '{path}' {problem}")
+        real = os.path.realpath(path)
+        if real in read:
+            raise ParameterError(f"{flag}: '{path}' is an input, which is never overwritten")
+        if real in written:
+            raise ParameterError(f"{flag}: '{path}' would be written twice")
+        written.add(real)
 
 
 def _random_samples(inputs: tuple[Value, ...], seed: int) -> Iterator[Samples]:

@@ -55,7 +55,7 @@ class Session:
                 continue
             tensor.data_location = onnx.TensorProto.EXTERNAL
             tensor.external_data.add(key="location", value="lent")
-            lent[tensor.name] = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            lent[tensor.name] = _lend(tensor, np.ascontiguousarray(array))
         if lent:
             options.add_external_initializers(list(lent), list(lent.values()))
         try:
@@ -87,6 +87,13 @@ class Session:
                 f"onnxruntime cannot run the model: {_reason(error)}"
             ) from error
         return dict(zip(self.output_names, values, strict=True))
+
+
+def _lend(tensor: onnx.TensorProto, array: Array) -> ort.OrtValue:
+    if tensor.data_type != onnx.TensorProto.BFLOAT16:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    bits = array.view(np.uint16)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, tensor.data_type)
 
 
 def session_options(*, optimize: bool, threads: int) -> ort.SessionOptions:

@@ -109,6 +109,16 @@ def report_view(report: Report) -> RenderableType:
     return Group(*parts)
 
 
+def plan_view(report: Report) -> RenderableType:
+    """Return the tables of a dry run: what would be done, and the figures it predicts."""
+    dry = "dry run: the figures are predicted, and nothing was written"
+    parts: list[RenderableType] = [*_notes((dry, *report.notes))]
+    parts.append(_figures("predicted", report.original, report.result, None))
+    parts.append(_actions(report.actions, report.original.macs))
+    parts += _refusals(report.refusals)
+    return Group(*parts)
+
+
 def comparison_view(comparison: Comparison) -> RenderableType:
     """Return the tables of `compare`."""
     parts: list[RenderableType] = [*_notes(comparison.notes)]

@@ -1,15 +1,19 @@
 """From measured losses to one plan: a multiple-choice knapsack over widths and forms.
 
 Widths of channel groups are shared variables; every linear node is a table over the widths on
-its two sides and its own form, with its exact MACs, parameters and bytes there.
+its two sides and its own form, with its exact MACs, parameters and bytes there.  Two
+programmes are solved: the first finds the least loss within the limits; the second, where the
+target's grid is used, the least predicted time among plans that lose little more than that.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxcomp.analysis.cost import is_parameter
 from onnxcomp.analysis.linear import Linear
@@ -25,81 +29,139 @@ from onnxcomp.search.space import NODE_BYTES, Plan, Space
 
 _ROUNDS = 3  # times the budget is corrected for nodes that more than two groups touch
 _GAP = 5e-3  # of the optimum; losses are measured to a few per cent
-_TIE = 1e-4  # weight of predicted time among options of equal loss
+_LOSS, _SECONDS = 0, 1  # columns of a programme's measures; MACs, parameters, bytes follow
+NAMES = ("loss", "MACs", "parameters", "file bytes")
 
 
-NAMES = ("MACs", "parameters", "file bytes")
+@dataclass(frozen=True)
+class _Goal:
+    """What a programme minimises, and the loss that it may reach.
+
+    Attributes:
+        column: `_LOSS` or `_SECONDS`.
+        loss: Bound on the sum of losses, and so on that of every single option.
+    """
+
+    column: int = _LOSS
+    loss: float = np.inf
+
+    def of(self, plan: Plan) -> float:
+        """Return what is minimised."""
+        return plan.loss if self.column == _LOSS else plan.seconds
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one table: states of its variables, measures (n, 5), and options."""
+
+    scope: tuple[int, ...]
+    states: npt.NDArray[np.int64]
+    measures: Row
+    options: list[Option | None]
+
+    def table(self, goal: _Goal) -> Table:
+        """Return the table that minimises the goal's column."""
+        costs = self.measures[:, [_LOSS, 2, 3, 4]]
+        return Table(self.scope, self.states, self.measures[:, goal.column], costs)
 
 
 class Allocator:
     """Chooses plans within limits from one set of measured losses."""
 
-    def __init__(self, space: Space, losses: Losses, *, time_limit_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        space: Space,
+        losses: Losses,
+        *,
+        time_limit_s: float = 60.0,
+        patience: float = 1.0,
+    ) -> None:
+        """Prepare to choose.
+
+        Args:
+            space: The options.
+            losses: Their losses.
+            time_limit_s: Time limit of one programme.
+            patience: Factor of the least loss up to which a plan may be preferred for its
+                predicted time; 1 asks for the least loss.
+        """
         self._space = space
         self._losses = losses
         self._time_limit_s = time_limit_s
+        self._patience = patience
         self._names = [n for n in space.widths if losses.widths.get(n)]
-        self._seconds = sum(
-            space.target.seconds(linear.convolution) for linear in space.facts.linears.values()
-        )
-        self._scale = max([*losses.forms.values(), 1e-12], default=1e-12)
 
-    def choose(self, limits: Limits, *, fast: bool = False) -> Plan:
-        """Return the plan of least predicted loss within absolute limits.
+    def choose(self, limits: Limits, *, rough: bool = False) -> Plan:
+        """Return the best plan within absolute limits.
 
         Groups with one reader decouple the nodes and are solved first.  The loss found bounds
-        the second programme, in which shared groups (residual trunks) take part with those of
+        the next programme, in which shared groups (residual trunks) take part with those of
         their widths that do not lose more by themselves.
 
         Args:
             limits: Absolute limits.
-            fast: Leave out the second programme where the first has a solution.
+            rough: Leave it at the first programme where that has a solution.
 
         Raises:
             LimitError: No plan is within them; names the smallest that is.
         """
-        if (self._measure({}, {}) <= limits.row).all():
-            return Plan({}, {}, 0.0, self._space.facts.cost)
+        nothing = self._plan({}, {}, 0.0)
+        if (self._measure(nothing) <= limits.row).all():
+            return nothing
         lone = [n for n in self._names if len(self._space.groups[n].readers) == 1]
-        try:
-            first: Plan | None = self._approach(limits, lone, np.inf)
-        except LimitError:
-            first = None
-        ceiling = np.inf if first is None else first.loss
+        names, best = lone, self._attempt(limits, lone, _Goal())
+        if best is not None and rough:
+            return best
+        bound = np.inf if best is None else best.loss
         every = [
             name
             for name in self._names
-            if name in lone or min(self._losses.widths[name].values()) < ceiling
+            if name in lone or min(self._losses.widths[name].values()) < bound
         ]
-        if first is not None and (fast or len(every) == len(lone)):
-            return first
-        try:
-            second = self._approach(limits, every, ceiling)
-        except LimitError:
-            if first is None:
-                raise
-            return first
-        return second if first is None or second.loss < first.loss else first
+        if len(every) > len(lone) or best is None:
+            found = self._approach(limits, every, _Goal(loss=bound), best)
+            if best is None or found.loss < best.loss:
+                names, best = every, found
+        if self._patience > 1.0:
+            goal = _Goal(_SECONDS, best.loss * self._patience)
+            best = self._approach(limits, names, goal, best)
+        return best
 
-    def _approach(self, limits: Limits, names: Sequence[str], ceiling: float) -> Plan:
+    def _attempt(self, limits: Limits, names: Sequence[str], goal: _Goal) -> Plan | None:
+        try:
+            return self._approach(limits, names, goal, None)
+        except LimitError:
+            return None
+
+    def _approach(
+        self, limits: Limits, names: Sequence[str], goal: _Goal, best: Plan | None
+    ) -> Plan:
         """Solve until the exact cost of the plan is within the limits, too.
 
         A node that more than two groups touch is tabulated over two of them; the others are
         assumed at their widths of the round before.
+
+        Args:
+            limits: Absolute limits.
+            names: Groups that may change.
+            goal: What to minimise.
+            best: A plan within the limits to improve on.
+
+        Raises:
+            LimitError: There is no plan, and `best` is None.
         """
         bound = limits.row
         assumed: dict[str, int] = {}
-        best: Plan | None = None
         slack = np.zeros(3)
         for _ in range(_ROUNDS):
             try:
-                plan, estimate = self._solve(bound + slack, names, assumed, ceiling)
+                plan, estimate = self._solve(bound + slack, names, assumed, goal)
             except LimitError as error:
                 if best is not None:
                     return best
                 raise LimitError(_spelled(str(error))) from error
-            actual = self._measure(plan.widths, plan.forms)
-            if (actual <= bound).all() and (best is None or plan.loss < best.loss):
+            actual = self._measure(plan)
+            if (actual <= bound).all() and (best is None or goal.of(plan) < goal.of(best)):
                 best = plan
             if best is not None and np.allclose(estimate, actual, rtol=1e-3):
                 return best
@@ -114,9 +176,9 @@ class Allocator:
 
         The limits are raised together, by a common factor, until a plan is within them.
         """
-        bound, whole = limits.row, self._measure({}, {})
+        best = self._plan({}, {}, 0.0)
+        bound, whole = limits.row, self._measure(best)
         low, high = 0.0, 1.0  # share of the way from the limits to the original
-        best = Plan({}, {}, 0.0, self._space.facts.cost)
         for _ in range(6):
             share = (low + high) / 2
             raised = [
@@ -130,46 +192,42 @@ class Allocator:
                 low = share
         return best
 
-    def _measure(self, widths: Mapping[str, int], forms: Mapping[str, Option]) -> Row:
-        cost = self._space.cost(widths, forms)
-        return np.array(
-            [cost.macs, cost.params, self._space.file_bytes(cost, forms)], np.float64
+    def _plan(
+        self, widths: Mapping[str, int], forms: Mapping[str, Option], loss: float
+    ) -> Plan:
+        space = self._space
+        return Plan(
+            widths, forms, loss, space.cost(widths, forms), space.seconds(widths, forms)
         )
 
+    def _measure(self, plan: Plan) -> Row:
+        size = self._space.file_bytes(plan.cost, plan.forms)
+        return np.array([plan.cost.macs, plan.cost.params, size], np.float64)
+
     def _solve(
-        self,
-        bound: Row,
-        names: Sequence[str],
-        assumed: Mapping[str, int],
-        ceiling: float,
+        self, bound: Row, names: Sequence[str], assumed: Mapping[str, int], goal: _Goal
     ) -> tuple[Plan, Row]:
         """Solve one programme; return its plan and what it believes the plan costs."""
         domains = {
             name: (
-                *sorted(w for w, lost in self._losses.widths[name].items() if lost <= ceiling),
+                *sorted(
+                    w for w, lost in self._losses.widths[name].items() if lost <= goal.loss
+                ),
                 self._space.groups[name].size,
             )
             for name in names
         }
         index = {name: i for i, name in enumerate(names)}
-        tables: list[Table] = []
-        rows: list[list[Option | None]] = []
-        touched = np.zeros(3)
-        for linear in self._space.facts.linears.values():
-            table, options, whole = self._node_table(linear, domains, index, assumed, ceiling)
-            tables.append(table)
-            rows.append(options)
-            touched += whole
-        for name in names:
-            table, whole = self._group_table(name, domains[name], index[name])
-            tables.append(table)
-            touched += whole
-        fixed = self._measure({}, {}) - touched
-        tables.append(Table((), np.zeros((1, 0), np.int64), np.zeros(1), fixed[None]))
+        rows = [
+            self._node_rows(linear, domains, index, assumed, goal.loss)
+            for linear in self._space.facts.linears.values()
+        ]
+        rows += [self._group_rows(name, domains[name], index[name]) for name in names]
+        rest = self._rest(domains)
         found = allocate(
             [len(domains[n]) for n in names],
-            tables,
-            bound,
+            [table.table(goal) for table in [*rows, rest]],
+            np.concatenate([[goal.loss], bound]),
             time_limit_s=self._time_limit_s,
             relative_gap=_GAP,
         )
@@ -178,14 +236,24 @@ class Allocator:
             for name, value in zip(names, found.values, strict=True)
             if domains[name][value] < self._space.groups[name].size
         }
-        chosen = (options[row] for options, row in zip(rows, found.options, strict=False))
+        chosen = (t.options[row] for t, row in zip(rows, found.options, strict=False))
         forms = {
             option.target: option
             for option in chosen
             if option is not None and self._still_fits(option, widths)
         }
-        cost = self._space.cost(widths, forms)
-        return Plan(widths, forms, found.loss, cost), found.costs
+        return self._plan(widths, forms, float(found.costs[0])), found.costs[1:]
+
+    def _rest(self, domains: Mapping[str, tuple[int, ...]]) -> _Rows:
+        """Return a table of one row: what no plan changes."""
+        index = {name: i for i, name in enumerate(domains)}
+        whole = self._measure(self._plan({}, {}, 0.0))
+        for linear in self._space.facts.linears.values():
+            own = self._space.steps(linear, None, linear.in_channels, linear.out_channels)
+            whole -= self._step_costs(linear, own)
+        for name, domain in domains.items():
+            whole -= self._group_rows(name, domain, index[name]).measures[-1, 2:]
+        return _Rows((), np.zeros((1, 0), np.int64), np.array([[0.0, 0.0, *whole]]), [None])
 
     def _still_fits(self, option: Option, widths: Mapping[str, int]) -> bool:
         """Whether a rank is possible where a third group took another width than assumed."""
@@ -193,15 +261,15 @@ class Allocator:
         inputs, outputs = self._space.input_side(linear), self._space.output_side(linear)
         return _fits(linear, option, outputs.width(widths), inputs.width(widths))
 
-    def _node_table(
+    def _node_rows(
         self,
         linear: Linear,
         domains: Mapping[str, tuple[int, ...]],
         index: Mapping[str, int],
         assumed: Mapping[str, int],
         ceiling: float,
-    ) -> tuple[Table, list[Option | None], Row]:
-        """Return a node's table, the option of each row, and its cost as it is."""
+    ) -> _Rows:
+        """Return a node's options at all widths of the two groups that touch it most."""
         space = self._space
         inputs, outputs = space.input_side(linear), space.output_side(linear)
         weight: dict[str, int] = {}
@@ -215,7 +283,7 @@ class Allocator:
             if (lost := self._losses.forms.get(option)) is not None and lost <= ceiling
         ]
         base = {n: w for n, w in assumed.items() if n not in scope}
-        states, loss, costs, chosen = [], [], [], []
+        states, measures, options = [], [], []
         for state in np.ndindex(*(len(domains[n]) for n in scope)):
             widths = base | {n: domains[n][v] for n, v in zip(scope, state, strict=True)}
             c, m = inputs.width(widths), outputs.width(widths)
@@ -224,19 +292,16 @@ class Allocator:
                 if option is not None and not _fits(linear, option, m, c):
                     continue
                 steps = space.steps(linear, option, c, m)
-                slow = space.seconds(linear, steps) / self._seconds
+                seconds = space.target.chain_seconds(steps)
                 states.append(state)
-                loss.append(whole * share + _TIE * self._scale * slow)
-                costs.append(self._step_costs(linear, steps))
-                chosen.append(option)
-        table = Table(
+                measures.append((whole * share, seconds, *self._step_costs(linear, steps)))
+                options.append(option)
+        return _Rows(
             tuple(index[n] for n in scope),
-            np.array(states, np.int64).reshape(len(loss), len(scope)),
-            np.array(loss),
-            np.array(costs, np.float64),
+            np.array(states, np.int64).reshape(len(states), len(scope)),
+            np.array(measures, np.float64),
+            options,
         )
-        own = space.steps(linear, None, linear.in_channels, linear.out_channels)
-        return table, chosen, np.array(self._step_costs(linear, own))
 
     def _step_costs(
         self, linear: Linear, steps: Sequence[Convolution]
@@ -246,9 +311,7 @@ class Allocator:
         headers = NODE_BYTES * (len(steps) - 1)
         return float(macs), float(weights), float(weights * linear.dtype.itemsize + headers)
 
-    def _group_table(
-        self, name: str, domain: tuple[int, ...], position: int
-    ) -> tuple[Table, Row]:
+    def _group_rows(self, name: str, domain: tuple[int, ...], position: int) -> _Rows:
         """Return losses of a group's widths and the parameters that only it carries."""
         group = self._space.groups[name]
         weights = self._space.facts.model.weights
@@ -262,10 +325,11 @@ class Allocator:
             per_channel += each
             nbytes += each * array.itemsize
         sizes = np.array(domain, np.float64)
-        costs = np.stack([0 * sizes, sizes * per_channel, sizes * nbytes], axis=1)
         loss = np.array([self._losses.widths[name].get(w, 0.0) for w in domain])
-        table = Table((position,), np.arange(len(domain))[:, None], loss, costs)
-        return table, costs[-1]
+        none = np.zeros(len(domain))
+        columns = [loss, none, none, sizes * per_channel, sizes * nbytes]
+        states = np.arange(len(domain))[:, None]
+        return _Rows((position,), states, np.stack(columns, axis=1), [None] * len(domain))
 
 
 def _fits(linear: Linear, option: Option, out_width: int, in_width: int) -> bool:

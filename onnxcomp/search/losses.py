@@ -209,7 +209,7 @@ class LossMeter:
         for option, error in errors.items():
             steps = self._space.steps(linear, option, linear.in_channels, linear.out_channels)
             macs, weights = sum(s.macs for s in steps), sum(s.weights for s in steps)
-            rows.append((error, macs, weights, self._space.seconds(linear, steps)))
+            rows.append((error, macs, weights, self._space.target.chain_seconds(steps)))
         table = np.array(rows)
         kept = []
         for index, option in enumerate(errors):

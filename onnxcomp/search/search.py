@@ -24,6 +24,7 @@ from onnxcomp.search.working import finish
 
 T = TypeVar("T")
 _SIZE_ROUNDS = 3
+_PATIENCE = 1.25  # of the least loss, given up for time: 12 % as relative L2
 _FRONT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
@@ -59,7 +60,7 @@ class Search:
     ) -> None:
         self.space = space
         self.seconds: dict[str, float] = {}
-        self.nothing = Plan({}, {}, 0.0, space.facts.cost)
+        self.nothing = Plan({}, {}, 0.0, space.facts.cost, space.seconds({}, {}))
         self._batches = batches
         self._measured = measured
         self._settings = settings
@@ -92,15 +93,18 @@ class Search:
             limits: Absolute limits.
             plain: The prepared original, which an empty plan gives.
         """
+        if self._within(plain, limits):
+            return Outcome(self.nothing, plain, True)
         wanted, outcome = limits, Outcome(self.nothing, plain, False)
         for _ in range(_SIZE_ROUNDS):
-            plan, _ = self.plan(wanted)
+            plan, reached = self.plan(wanted)
             model = plain if plan.empty else self._solve(plan)
             outcome = Outcome(plan, model, self._within(model, limits))
             excess = model.file_bytes - (limits.size or model.file_bytes)
-            if excess <= 0 or plan.empty:
+            if excess <= 0 or plan.empty or not reached:
                 break
-            wanted = replace(wanted, size=(wanted.size or 0.0) - 1.05 * excess)
+            smaller = (wanted.size or 0.0) - 1.05 * excess
+            wanted = replace(wanted, size=max(smaller, 1.0))
         return outcome
 
     def describe(self, plan: Plan) -> tuple[tuple[Action, ...], int]:
@@ -114,7 +118,7 @@ class Search:
         points = []
         for share in _FRONT:
             try:
-                plan = self._allocator.choose(Limits(macs=max(share * macs, 2.0)), fast=True)
+                plan = self._allocator.choose(Limits(macs=max(share * macs, 2.0)), rough=True)
             except LimitError:
                 break
             points.append((plan.cost.macs / macs, plan.loss))
@@ -133,7 +137,10 @@ class Search:
             )
             self._losses = self._timed("losses", meter.run)
             self._allocator = Allocator(
-                self.space, self._losses, time_limit_s=self._settings.solver_seconds
+                self.space,
+                self._losses,
+                time_limit_s=self._settings.solver_seconds,
+                patience=_PATIENCE if self._settings.step is None else 1.0,
             )
         return self._allocator
 

@@ -64,12 +64,14 @@ class Plan:
         forms: Factorisation by node id.
         loss: Predicted loss, the sum of the measured ones.
         cost: Predicted cost of the whole model, exact.
+        seconds: Predicted time of its linear nodes at batch 1, by the target's model.
     """
 
     widths: Mapping[str, int]
     forms: Mapping[str, Option]
     loss: float
     cost: Cost
+    seconds: float
 
     @property
     def empty(self) -> bool:
@@ -252,6 +254,12 @@ class Space:
         saved = self.facts.cost.weight_bytes - cost.weight_bytes
         return self.facts.model.file_bytes - saved + NODE_BYTES * len(forms)
 
-    def seconds(self, linear: Linear, steps: Sequence[Convolution]) -> float:
-        """Return the predicted seconds of a node's steps."""
-        return self.target.chain_seconds(steps)
+    def seconds(self, widths: Widths, forms: Mapping[str, Option]) -> float:
+        """Return the predicted seconds of all linear nodes under a plan."""
+        total = 0.0
+        for linear in self.facts.linears.values():
+            c = self.input_side(linear).width(widths)
+            m = self.output_side(linear).width(widths)
+            steps = self.steps(linear, forms.get(linear.id), c, m)
+            total += self.target.chain_seconds(steps)
+        return total
