@@ -219,8 +219,7 @@ def compress(
 ) -> None:
     """Make a model smaller and faster after training, within limits.
 
-    A limit is a share of the original (0.5, 50%) or absolute (20M, 1.5MB).
-    The resolved recipe is written next to OUT.
+    A limit is a share (0.5, 50%) or absolute (20M, 1.5MB).  The recipe is written beside OUT.
     """
     base = Recipe() if recipe is None else load_recipe(recipe)
     flags = {
@@ -250,10 +249,11 @@ def compress(
         )
     _warn(opened.warnings)
     if dry_run:
-        return _show_plan(result, json_file)
-    sources = provenance({"model": model, "data": data, "preprocess": preprocess})
-    text = dump_recipe(settings, metric=metric, provenance=sources)
-    _deliver(result, opened, text, outputs, inputs)
+        _show_plan(result, json_file)
+    else:
+        sources = provenance({"model": model, "data": data, "preprocess": preprocess})
+        text = dump_recipe(settings, metric=metric, provenance=sources)
+        _deliver(result, opened, text, outputs, inputs)
 
 
 class _Outputs(NamedTuple):

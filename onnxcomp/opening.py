@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnxcomp.analysis.probe import _shapes as usual_shapes
+from onnxcomp.analysis.probe import usual_shapes
 from onnxcomp.errors import (
     ExecutionError,
     OnnxcompError,

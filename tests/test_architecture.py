@@ -26,7 +26,7 @@ LAYERS = [
     {"runtime", "sandbox", "sandbox_child", "drift", "metrics"},
     {"analysis", "evaluate", "bench"},
     {"passes", "validation"},
-    {"search", "report", "recipe"},
+    {"search", "report", "recipe", "opening"},
     {"cli"},
 ]
 

@@ -40,7 +40,7 @@ def random_inputs(model: Model, count: int, *, seed: int = 0) -> Samples:
     session = Session(model, optimize=False)
     inputs = model.signature.inputs
     reason = "its inputs have unknown rank"
-    for shapes in _shapes(inputs):
+    for shapes in usual_shapes(inputs):
         samples = random_samples(inputs, 1, seed, shapes)
         try:
             session.run(next(iter(samples.batches(inputs, 1))).feed)
@@ -53,7 +53,8 @@ def random_inputs(model: Model, count: int, *, seed: int = 0) -> Samples:
     )
 
 
-def _shapes(inputs: tuple[Value, ...]) -> Iterator[dict[str, tuple[int, ...]]]:
+def usual_shapes(inputs: tuple[Value, ...]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Yield full input shapes, by name, in which open axes have usual sizes."""
     if any(value.shape is None for value in inputs):
         return
     declared = {value.name: value.shape or () for value in inputs}
