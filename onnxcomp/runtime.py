@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,10 @@ import onnx
 import onnxruntime as ort
 
 from onnxcomp.errors import ExecutionError
-from onnxcomp.model import Array, Model, Value, fill
+from onnxcomp.model import Array, Model, Value, extract, fill
 
 _SMALL_ELEMENTS = 256
+_SEGMENT_BYTES = 128 * 2**20
 _FATAL = 4  # errors reach the caller as exceptions; nothing is printed beside them
 _log = logging.getLogger(__name__)
 ort.disable_telemetry_events()
@@ -144,20 +146,72 @@ def capture_tensors(model: Model, feeds: Mapping[str, Array]) -> dict[str, Tenso
     Returns:
         Facts by tensor name: inputs, weights and inner tensors.
     """
-    types = _tensor_types(model)
-    names = [name for name in types if name in model.producers]
-    integers = [n for n in names if np.issubdtype(types[n], np.integer)]
-    facts = {
-        name: TensorFact(array.dtype, array.shape) for name, array in model.weights.items()
-    }
+    facts = {n: TensorFact(a.dtype, a.shape) for n, a in model.weights.items()}
     facts.update({n: TensorFact(a.dtype, a.shape) for n, a in feeds.items()})
-    probe = _with_shapes(model, names)
-    result = Session(probe, optimize=False).run(feeds)
-    shapes = {n: tuple(int(d) for d in result[_shape_name(n)]) for n in names}
-    small = [n for n in integers if np.prod(shapes[n], dtype=np.int64) <= _SMALL_ELEMENTS]
-    values = Session(with_outputs(model, small), optimize=False).run(feeds) if small else {}
-    facts.update({n: TensorFact(types[n], shapes[n], values.get(n)) for n in names})
+    last = last_uses(model)
+    held, start = dict(feeds), 0
+    for end in segment_ends(model, 0, len(model.nodes)):
+        made = [name for node in model.nodes[start:end] for name in node.outputs if name]
+        cut = [inner_value(n, facts[n]) for n in held]
+        later = [n for n in made if last.get(n, -1) >= end and n not in model.output_names]
+        held = _capture(extract(model, cut, made), held, facts, later)
+        start = end
     return facts
+
+
+def _capture(
+    part: Model, feeds: Mapping[str, Array], facts: dict[str, TensorFact], later: Sequence[str]
+) -> dict[str, Array]:
+    """Add the facts of a part's outputs; return the values that later parts need."""
+    types = _tensor_types(part)
+    probe = _with_shapes(part, list(types))
+    result = _run_on(probe, feeds)
+    shapes = {n: tuple(int(d) for d in result[_shape_name(n)]) for n in types}
+    small = [
+        name
+        for name, dtype in types.items()
+        if np.issubdtype(dtype, np.integer) and math.prod(shapes[name]) <= _SMALL_ELEMENTS
+    ]
+    kept = [name for name in later if name in types]
+    wanted = list(dict.fromkeys([*small, *kept]))
+    values = _run_on(with_outputs(part, wanted), feeds) if wanted else {}
+    held = {n: values[n] for n in kept}
+    values = {n: values[n] for n in small}
+    facts.update({n: TensorFact(types[n], shapes[n], values.get(n)) for n in types})
+    return {**feeds, **held}
+
+
+def _run_on(part: Model, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    session = Session(part, optimize=False)
+    return session.run({name: feeds[name] for name in session.input_names})
+
+
+def last_uses(model: Model) -> dict[str, int]:
+    """Return the index of the last node that reads each tensor; outputs are read last."""
+    last: dict[str, int] = {}
+    for index, node in enumerate(model.nodes):
+        for name in (*node.inputs, *node.captured):
+            last[name] = index
+    last.update(dict.fromkeys(model.output_names, len(model.nodes)))
+    return last
+
+
+def segment_ends(model: Model, start: int, end: int) -> Iterator[int]:
+    """Yield where to cut the nodes from `start` to `end`, so that no part needs much memory.
+
+    Onnxruntime copies the weights of a session; sessions are opened one after another, each
+    with at most 128 MB of weights where the nodes allow it.
+    """
+    total = 0
+    for index in range(start, end):
+        names = model.nodes[index].inputs
+        size = sum(model.weights[n].nbytes for n in names if n in model.weights)
+        if total and total + size > _SEGMENT_BYTES:
+            yield index
+            total = 0
+        total += size
+    if end > start:
+        yield end
 
 
 def with_outputs(model: Model, names: Sequence[str]) -> Model:
@@ -191,13 +245,10 @@ def _shape_name(name: str) -> str:
     return name + "::shape"
 
 
-def _tensor_types(model: Model) -> dict[str, np.dtype[np.generic]]:
-    """Return the dtype of every inner tensor, as onnxruntime infers it."""
-    names = [name for node in model.nodes for name in node.outputs if name]
-    types = Session(with_outputs(model, names), optimize=False).output_types
+def _tensor_types(part: Model) -> dict[str, np.dtype[np.generic]]:
+    """Return the dtype of every output that is a plain tensor, as onnxruntime infers it."""
     found: dict[str, np.dtype[np.generic]] = {}
-    for name in names:
-        kind = types[name]
+    for name, kind in Session(part, optimize=False).output_types.items():
         if kind in _DTYPES:
             found[name] = _DTYPES[kind]
         else:

@@ -24,9 +24,9 @@ LAYERS = [
     {"errors"},
     {"numerics", "sample_files", "sample_rules", "samples", "model", "draft", "loading"},
     {"runtime", "sandbox", "sandbox_child", "drift", "metrics"},
-    {"analysis", "evaluate", "bench"},
+    {"analysis", "evaluate", "bench", "opening"},
     {"passes", "validation"},
-    {"search", "report", "recipe", "opening"},
+    {"search", "report", "recipe"},
     {"cli"},
 ]
 

@@ -252,7 +252,12 @@ class Space:
     def file_bytes(self, cost: Cost, forms: Mapping[str, Option]) -> int:
         """Return the predicted size of the file, within about 1 %."""
         saved = self.facts.cost.weight_bytes - cost.weight_bytes
-        return self.facts.model.file_bytes - saved + NODE_BYTES * len(forms)
+        further = 0
+        for node, option in forms.items():
+            linear = self.facts.linears[node]
+            widths = linear.out_channels, linear.in_channels
+            further += len(chain(linear, option.form, option.size[0], *widths)) - 1
+        return self.facts.model.file_bytes - saved + NODE_BYTES * further
 
     def seconds(self, widths: Widths, forms: Mapping[str, Option]) -> float:
         """Return the predicted seconds of all linear nodes under a plan."""
