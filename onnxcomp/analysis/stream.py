@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxcomp.errors import ParameterError
 from onnxcomp.model import Array, Model, Value, extract
-from onnxcomp.runtime import Session, TensorFact, inner_value
+from onnxcomp.runtime import Session, TensorFact, inner_value, last_uses, segment_ends
 
 Feeds = Mapping[str, Array]
 
@@ -45,7 +45,7 @@ class Stream:
         self._position = 0
         self._held: list[dict[str, Array]] = [dict(feed) for feed in batches]
         self._order = {node.id: index for index, node in enumerate(model.nodes)}
-        self._last_use = _last_uses(model, keep)
+        self._last_use = last_uses(model) | dict.fromkeys(keep, len(model.nodes))
 
     def set_weight(self, name: str, value: Array) -> None:
         """Let all nodes that have not run yet read another value of the same shape."""
@@ -72,15 +72,19 @@ class Stream:
             ) from None
         if target <= self._position:
             raise ParameterError(f"Stream.advance: {missing} lie behind the front")
-        keep = self._live(target) | set(missing)
-        new = sorted(n for n in keep if n not in self._held[0])
-        session = self._segment(new)
+        for end in segment_ends(self.model, self._position, target):
+            self._run_to(end, missing if end == target else ())
+
+    def _run_to(self, end: int, wanted: Iterable[str]) -> None:
+        """Run the nodes in front of index `end`; hold what is live there and `wanted`."""
+        keep = self._live(end) | set(wanted)
+        session = self._segment(sorted(n for n in keep if n not in self._held[0]))
         for held in self._held:
             out = session.run({n: held[n] for n in session.input_names})
             merged = held | out
             held.clear()
             held.update({n: merged[n] for n in keep})
-        self._position = target
+        self._position = end
 
     def batches(self, name: str) -> list[Array]:
         """Return a held tensor, or a weight, per batch."""
@@ -134,16 +138,6 @@ class Stream:
         made = {n for node in self.model.nodes[:position] for n in node.outputs if n}
         made |= set(self._held[0])
         return {n for n in made if self._last_use.get(n, -1) >= position}
-
-
-def _last_uses(model: Model, keep: Iterable[str]) -> dict[str, int]:
-    """Return the index of the last node that reads each tensor; outputs are read last."""
-    last: dict[str, int] = {}
-    for index, node in enumerate(model.nodes):
-        for name in (*node.inputs, *node.captured):
-            last[name] = index
-    last.update(dict.fromkeys([*model.output_names, *keep], len(model.nodes)))
-    return last
 
 
 def _needed(model: Model, values: Sequence[Value], outputs: Sequence[str]) -> list[Value]:

@@ -1,0 +1,112 @@
+"""The phases of `compress` one by one, on small models."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.cost import Cost
+from onnxcomp.analysis.target import TARGETS
+from onnxcomp.model import Array, Model
+from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.remove_channels import RemoveChannels
+from onnxcomp.runtime import Session
+from onnxcomp.samples import Samples
+from onnxcomp.search.allocation import _fits
+from onnxcomp.search.losses import Losses, LossMeter
+from onnxcomp.search.space import Plan, Space
+from onnxcomp.search.walk import Walk
+from onnxcomp.search.working import prepare, working_model
+from tests.graphs import sane_feeds
+
+SEED = 0
+
+
+@dataclass
+class Lab:
+    """A working model with its search space and fitting batches.
+
+    Attributes:
+        space: All widths that are multiples of `step`, and all forms at such ranks.
+        batches: Feeds.
+    """
+
+    space: Space
+    batches: list[dict[str, Array]]
+
+    @classmethod
+    def of(
+        cls, model: Model, *, count: int = 24, size: int = 8, step: int = 2, **options: object
+    ) -> "Lab":
+        samples: Samples = sane_feeds(model, count)
+        work = working_model(prepare(model)[0], samples, seed=SEED)
+        facts = Analysis(work, samples, seed=SEED)
+        target = TARGETS["x86-avx512"]
+        passes = (
+            RemoveChannels(target=target, step=step),
+            Factorize(target=target, step=step),
+        )
+        space = Space(facts, [p.propose(facts) for p in passes], target, **options)
+        batches = [b.feed for b in samples.batches(model.signature.inputs, size)]
+        return cls(space, batches)
+
+    @property
+    def model(self) -> Model:
+        return self.space.facts.model
+
+    def losses(self) -> Losses:
+        meter = LossMeter(
+            self.space,
+            self.batches,
+            measured=len(self.batches),
+            seed=SEED,
+            threads=1,
+            progress=lambda *_: None,
+        )
+        return meter.run()
+
+    def plan(self, losses: Losses, rng: np.random.Generator) -> Plan:
+        """A random plan over all groups and nodes."""
+        widths, forms = {}, {}
+        for name in losses.orders:
+            if rng.random() < 0.7:
+                widths[name] = int(rng.choice(self.space.widths[name]))
+        for node, linear in self.space.facts.linears.items():
+            c = self.space.input_side(linear).width(widths)
+            m = self.space.output_side(linear).width(widths)
+            options = [o for o in losses.forms if o.target == node and _fits(linear, o, m, c)]
+            if options and rng.random() < 0.6:
+                forms[node] = options[rng.integers(len(options))]
+        cost, seconds = self.space.cost(widths, forms), self.space.seconds(widths, forms)
+        return Plan(widths, forms, 0.0, cost, seconds)
+
+    def walk(self, plan: Plan, losses: Losses) -> Walk:
+        return Walk(
+            self.space,
+            plan,
+            losses,
+            self.batches,
+            seed=SEED,
+            threads=1,
+            progress=lambda *_: None,
+        )
+
+    def outputs(self, model: Model) -> dict[str, Array]:
+        """All outputs on all batches, unoptimised."""
+        session = Session(model, optimize=False)
+        runs = [session.run(feed) for feed in self.batches]
+        return {name: np.concatenate([np.ravel(r[name]) for r in runs]) for name in runs[0]}
+
+
+def measured_cost(model: Model, lab: Lab) -> Cost:
+    return Analysis(model, lab.space.facts.samples, seed=SEED).cost
+
+
+def distance(found: dict[str, Array], wanted: dict[str, Array]) -> float:
+    """Largest relative L2 distance of any output."""
+    assert found.keys() == wanted.keys()
+    worst = 0.0
+    for name, array in wanted.items():
+        gap = np.linalg.norm(found[name].astype(np.float64) - array.astype(np.float64))
+        worst = max(worst, float(gap / max(np.linalg.norm(array.astype(np.float64)), 1e-30)))
+    return worst

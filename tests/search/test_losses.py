@@ -1,0 +1,186 @@
+"""Measured losses are those of the models in which only that option was applied."""
+
+import numpy as np
+import pytest
+
+from onnxcomp.analysis.moments import collect_moments
+from onnxcomp.model import Model
+from onnxcomp.passes.base import Option
+from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.remove_channels import RemoveChannels
+from onnxcomp.runtime import Session, with_outputs
+from onnxcomp.search import losses as module
+from onnxcomp.search.losses import _interpolated, like_bias, solve_dense
+from onnxcomp.search.outputs import OutputError, raw_outputs
+from tests.analysis.channel_graphs import Graph
+from tests.passes.exact_checks import graph
+from tests.search.cases import CASES, twins, two_heads
+from tests.search.lab import SEED, Lab
+
+TOLERANCE = 1e-4  # relative, of a loss
+
+
+def loss_of(lab: Lab, small: Model) -> float:
+    names = raw_outputs(lab.model, lab.space.facts.tensors)
+    sessions = [Session(with_outputs(m, names), optimize=False) for m in (lab.model, small)]
+    reference, found = [[s.run(feed) for feed in lab.batches] for s in sessions]
+    return OutputError(reference).of(found)
+
+
+def moments(lab: Lab, node: str):
+    facts = lab.space.facts
+    linear, position = facts.linears[node], list(facts.linears).index(node)
+    inner = [n for n in (linear.x, linear.y) if n not in lab.batches[0]]
+    session = Session(with_outputs(lab.model, inner), optimize=False)
+    runs = [feed | session.run(feed) for feed in lab.batches]
+    rng = np.random.default_rng([SEED, position])
+    xs, ys = [r[linear.x] for r in runs], [r[linear.y] for r in runs]
+    return linear, collect_moments(linear, xs, ys, rng)
+
+
+def factorised(lab: Lab, option: Option) -> Model:
+    linear, (metric,) = moments(lab, option.target)
+    kernel = linear.kernel(lab.model.weights[linear.weight])
+    arrays, dense = Factorize().fit(option, kernel, metric)
+    bias = metric.bias(dense.reshape(len(dense), -1))
+    draft = lab.model.edit()
+    draft.set_weight(linear.bias, like_bias(bias, lab.model.weights[linear.bias]))
+    Factorize().apply(draft, lab.space.facts, {option: arrays})
+    return draft.seal(by="test")
+
+
+def narrowed(lab: Lab, losses, name: str, width: int) -> Model:
+    facts, group = lab.space.facts, lab.space.groups[name]
+    removed = {name: losses.orders[name].order[: group.size - width].astype(np.int64)}
+    draft = lab.model.edit()
+    for reader in group.readers:
+        linear, metrics = moments(lab, reader.node)
+        if len(lab.model.readers[linear.weight]) > 1:
+            continue
+        kernel = linear.kernel(lab.model.weights[linear.weight])
+        kept = lab.space.input_side(linear).kept(removed)
+        kernel, bias = solve_dense(linear, kernel, metrics, kept)
+        draft.set_weight(linear.weight, linear.stored(kernel))
+        draft.set_weight(linear.bias, like_bias(bias, lab.model.weights[linear.bias]))
+    option = Option("remove_channels", name, "", (width,))
+    RemoveChannels().apply(draft, facts, {option: {"removed": removed[name]}})
+    return draft.seal(by="test")
+
+
+BRUTE = ("residual", "concat_of_three", "depthwise", "transposed", "fully_connected",
+         "a_channel_of_every_group_goes", "twins", "two_heads", "channels_last")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BRUTE)
+def test_losses_are_those_of_the_written_models(name, monkeypatch):
+    monkeypatch.setattr(module, "_MEASURED", 10_000)  # measure every option
+    lab = Lab.of(CASES[name](), step=4)
+    losses = lab.losses()
+    options = list(losses.forms)[:: max(len(losses.forms) // 4, 1)]
+    widths = [(n, w) for n, found in losses.widths.items() for w in list(found)[:2]][:5]
+    assert options or widths
+    pairs = [(losses.forms[o], factorised(lab, o)) for o in options]
+    pairs += [(losses.widths[n][w], narrowed(lab, losses, n, w)) for n, w in widths]
+    for measured, small in pairs:
+        assert measured == pytest.approx(loss_of(lab, small), rel=TOLERANCE, abs=1e-10)
+    others = [loss_of(lab, small) for _, small in pairs]
+    assert len(set(np.round(np.log(others), 3))) > 1  # a mixed-up pair would show
+
+
+def test_orders_are_nested_and_errors_grow():
+    lab = Lab.of(CASES["residual"]())
+    losses = lab.losses()
+    assert losses.orders
+    for name, order in losses.orders.items():
+        size = lab.space.groups[name].size
+        assert sorted(order.order.tolist()) == list(range(size))
+        assert (np.diff(order.losses) >= 0).all()
+        for width in lab.space.widths[name]:
+            assert set(order.kept(width)) <= set(order.kept(size))
+        assert set(losses.widths[name]) <= set(lab.space.widths[name])
+
+
+def test_everything_is_answered_for():
+    for name in ("residual", "depthwise", "twins", "weight_in_three_places"):
+        lab = Lab.of(CASES[name]())
+        losses = lab.losses()
+        refused = {r.where for r in losses.refusals}
+        assert set(lab.space.widths) == set(losses.widths) | (refused & set(lab.space.widths))
+        targets = {option.target for option in losses.forms}
+        assert set(lab.space.forms) <= targets | refused
+
+
+def test_interpolation():
+    errors = {n: float(n + 1) ** 2 for n in range(20)}
+    calls = []
+
+    def loss(option: int) -> float:
+        calls.append(option)
+        return 0.01 * errors[option]
+
+    found = _interpolated(errors, loss)
+    assert calls == [0, 6, 13, 19]
+    assert list(found) == list(range(20))
+    values = [found[n] for n in range(20)]
+    assert values == sorted(values)
+    assert np.allclose(values, [0.01 * e for e in errors.values()])  # a straight line in logs
+
+
+def test_interpolation_where_measurements_fall():
+    """Measured losses stay as measured; those between them never fall."""
+    errors = {n: float(n + 1) for n in range(10)}
+    measured = {0: 1.0, 3: 3.0, 6: 2.0, 9: 4.0}
+    found = _interpolated(errors, measured.__getitem__)
+    assert {n: found[n] for n in measured} == measured
+    between = [found[n] for n in range(10) if n not in measured]
+    assert between == sorted(between)
+    assert found[5] == pytest.approx(3.0)
+
+
+def test_options_that_overflow_are_left_out():
+    errors = {n: float(n + 1) for n in range(10)}
+    found = _interpolated(errors, lambda n: np.inf if n > 5 else 1.0 + n)
+    assert sorted(found) == [0, 1, 2, 3]
+    assert _interpolated(errors, lambda _: np.inf) == {}
+
+
+def test_output_error():
+    rng = np.random.default_rng(0)
+    reference = [{"y": rng.standard_normal((4, 5)).astype(np.float32)} for _ in range(3)]
+    error = OutputError(reference)
+    assert error.of(reference) == 0
+    doubled = [{"y": 2 * batch["y"]} for batch in reference]
+    every = np.concatenate([batch["y"] for batch in reference]).astype(np.float64)
+    assert error.of(doubled) == pytest.approx(np.square(every).mean() / every.var())
+    broken = [{"y": batch["y"] * np.float32(np.nan)} for batch in reference]
+    assert error.of(broken) == np.inf
+    assert error.of([{"y": batch["y"][:2]} for batch in reference]) == np.inf
+    with pytest.raises(ValueError, match="zip"):
+        error.of(reference[:2])
+
+
+def test_raw_outputs():
+    lab = Lab.of(two_heads())
+    names = raw_outputs(lab.model, lab.space.facts.tensors)
+    assert [lab.model.producers[n].op for n in names] == ["Gemm", "Conv"]
+    g = Graph(4)
+    mask = g.op("Greater", "x", g.constant(np.float32(0)))
+    picked = g.op("Compress", g.op("Neg", "x"), g.op("Reshape", mask, g.ints(-1)))
+    model = g.model(picked)
+    lab = Lab.of(model, count=2, size=1)
+    negated = next(node.id for node in model.nodes if node.op == "Neg")
+    assert raw_outputs(model, lab.space.facts.tensors) == (negated,)
+
+
+def test_models_without_floats_are_refused():
+    from onnxcomp.analysis import Analysis
+    from onnxcomp.errors import UnsupportedModelError
+
+    model = graph("float[N,3] x", "int64[2] y", "y = Shape (x)")
+    with pytest.raises(UnsupportedModelError, match="no output depends"):
+        raw_outputs(model, Analysis(model).tensors)
+
+
+def test_shared_weights_with_shared_biases_are_measured():
+    lab = Lab.of(twins())
+    assert lab.losses().widths
