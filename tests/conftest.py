@@ -1,0 +1,8 @@
+"""Settings of all tests."""
+
+import numpy as np  # noqa: F401 - its BLAS must be loaded before it can be limited
+import scipy.linalg  # noqa: F401
+from threadpoolctl import threadpool_limits
+
+# Idle threads of BLAS spin, which slows small problems by an order of magnitude on a busy host.
+threadpool_limits(1)
