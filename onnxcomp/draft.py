@@ -66,7 +66,7 @@ class Draft:
         if name not in self._weights:
             raise ParameterError(f"Draft.set_weight: there is no weight '{name}'")
         old = self._weights[name]
-        value = np.ascontiguousarray(value, dtype=old.dtype).reshape(np.shape(value))
+        value = np.ascontiguousarray(value, dtype=old.dtype).reshape(np.shape(value)).view()
         if value.shape != old.shape:
             self._reshaped.add(name)
         value.setflags(write=False)
@@ -75,7 +75,7 @@ class Draft:
     def add_weight(self, stem: str, value: Array) -> str:
         """Add an initializer under a fresh name made from `stem`; return the name."""
         name = self.fresh_name(stem)
-        value = np.ascontiguousarray(value).reshape(np.shape(value))
+        value = np.ascontiguousarray(value).reshape(np.shape(value)).view()
         value.setflags(write=False)
         self._weights[name] = value
         return name

@@ -1,14 +1,14 @@
-"""Every exception that onnxcomp raises on purpose, and the exit code it ends the program with.
+"""Every exception that onnxcomp raises on purpose, and the exit code it ends with.
 
-    OnnxcompError                      exit
-    ├── ParameterError (ValueError)      2   an argument or a flag is outside what it allows
-    ├── DataError                        2   samples, labels or preprocessing cannot be used
-    ├── InvalidModelError                2   the file is broken, truncated or breaks a safety limit
-    ├── UnsupportedModelError            3   the model is sound, but onnxcomp cannot work on it
-    ├── SealError                        1   an edit would have broken the graph; nothing was kept
-    ├── ExecutionError                   4   onnxruntime cannot load or run the model
-    ├── ValidationError                  4   a result failed the validation ladder
-    └── LimitError                       5   a limit or a gate was not met
+OnnxcompError                      exit
+├── ParameterError (ValueError)      2   an argument or a flag is outside what it allows
+├── DataError                        2   samples, labels or preprocessing cannot be used
+├── InvalidModelError                2   the file is broken or breaks a safety limit
+├── UnsupportedModelError            3   the model is sound, but onnxcomp cannot work on it
+├── SealError                        1   an edit would have broken the graph
+├── ExecutionError                   4   onnxruntime cannot load or run the model
+├── ValidationError                  4   a result failed the validation ladder
+└── LimitError                       5   a limit or a gate was not met
 """
 
 from collections.abc import Iterable

@@ -4,5 +4,5 @@ import numpy as np  # noqa: F401 - its BLAS must be loaded before it can be limi
 import scipy.linalg  # noqa: F401
 from threadpoolctl import threadpool_limits
 
-# Idle threads of BLAS spin, which slows small problems by an order of magnitude on a busy host.
+# Idle threads of BLAS spin, which slows small problems tenfold on a busy host.
 threadpool_limits(1)

@@ -15,7 +15,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 def shared_models() -> list:
     """Paths of all real models, or one skipped parameter where they are absent."""
     paths = sorted((SHARED / "models").glob("*.onnx"))
-    return paths or [pytest.param(Path("absent"), marks=pytest.mark.skip("../shared is absent"))]
+    return paths or [
+        pytest.param(Path("absent"), marks=pytest.mark.skip("../shared is absent"))
+    ]
 
 
 def sane_feeds(model: Model, count: int = 1, seed: int = 0) -> Samples:

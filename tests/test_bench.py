@@ -147,9 +147,9 @@ def test_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[int] = []
 
     class Recorder(bench.Session):
-        def __init__(self, model: Model, *, optimize: bool = True, threads: int = 1) -> None:
-            super().__init__(model, optimize=optimize, threads=threads)
-            assert optimize
+        def __init__(self, model: Model, *, threads: int = 1, spinning: bool = False) -> None:
+            assert spinning  # as where a model is deployed
+            super().__init__(model, threads=threads, spinning=spinning)
             self.number = len(opened)
             opened.append(threads)
 

@@ -52,7 +52,7 @@ class RemoveChannels:
                 continue
             per_channel = group.slices[0].index.shape[1]
             sizes = self.target.sizes(group.size * per_channel, step=self.step)
-            widths = sorted({s // per_channel for s in sizes if s >= per_channel})
+            widths = sorted({s // per_channel for s in sizes if s % per_channel == 0})
             options += [Option(self.name, group.name, "", (w,)) for w in widths]
             if not widths:
                 refusals.append(

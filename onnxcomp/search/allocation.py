@@ -25,7 +25,7 @@ from onnxcomp.passes.base import Option
 from onnxcomp.passes.factorize import kernel_shape4
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.settings import Limits, Row
-from onnxcomp.search.space import NODE_BYTES, Plan, Space
+from onnxcomp.search.space import Plan, Space, header_bytes
 
 _ROUNDS = 3  # times the budget is corrected for nodes that more than two groups touch
 _GAP = 5e-3  # of the optimum; losses are measured to a few per cent
@@ -308,8 +308,8 @@ class Allocator:
     ) -> tuple[float, float, float]:
         """Return MACs, parameters and file bytes of a node written as `steps`."""
         macs, weights = sum(s.macs for s in steps), sum(s.weights for s in steps)
-        headers = NODE_BYTES * (len(steps) - 1)
-        return float(macs), float(weights), float(weights * linear.dtype.itemsize + headers)
+        size = weights * linear.dtype.itemsize + header_bytes(linear, len(steps))
+        return float(macs), float(weights), float(size)
 
     def _group_rows(self, name: str, domain: tuple[int, ...], position: int) -> _Rows:
         """Return losses of a group's widths and the parameters that only it carries."""

@@ -26,6 +26,7 @@ from onnxcomp.analysis.moments import (
     identity_moments,
 )
 from onnxcomp.analysis.stream import Feeds, Stream
+from onnxcomp.errors import DataError
 from onnxcomp.model import Array, Value, extract
 from onnxcomp.numerics.moments import Moments
 from onnxcomp.numerics.selection import Elimination, Reader, eliminate
@@ -123,7 +124,13 @@ class LossMeter:
             if linear.id not in self._space.forms and not groups:
                 continue
             stream.advance([linear.x])
-            metrics = self._moments(stream, linear, position)
+            try:
+                metrics = self._moments(stream, linear, position)
+            except DataError as error:  # such as a mask of -inf in front of the node
+                for name in (linear.id, *groups):
+                    self._refusals[name] = f"nothing can be fitted at '{linear.id}': {error}"
+                    waiting.pop(name, None)
+                continue
             if linear.id in self._space.forms:
                 self._measure_forms(stream, linear, metrics[0])
             for name in groups:

@@ -11,11 +11,12 @@ from onnxcomp.model import Array, Model
 from onnxcomp.runtime import TensorFact
 
 _SHAPE_OPS = ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
+_SQUASHING_OPS = ("Softmax", "LogSoftmax", "Sigmoid")
 _VARYING_OPS = ("NonMaxSuppression", "NonZero", "Compress", "Unique")
 
 
 def raw_outputs(model: Model, tensors: Mapping[str, TensorFact]) -> tuple[str, ...]:
-    """Return the float tensors that the outputs show, in front of a final Softmax.
+    """Return the float tensors that the outputs show, in front of a final Softmax or Sigmoid.
 
     Outputs of other types (classes, indices) and outputs whose shape depends on values stand
     for the nearest float tensors of fixed shape that they are made of.
@@ -35,8 +36,8 @@ def raw_outputs(model: Model, tensors: Mapping[str, TensorFact]) -> tuple[str, .
             continue
         while node is not None and node.op in _SHAPE_OPS:
             node = model.producers.get(node.inputs[0])
-        softmax = node is not None and node.op in ("Softmax", "LogSoftmax")
-        found[node.inputs[0] if softmax and node is not None else name] = None
+        squashed = node is not None and node.op in _SQUASHING_OPS
+        found[node.inputs[0] if squashed and node is not None else name] = None
     if not found:
         raise UnsupportedModelError("no output depends on computed floats; nothing to measure")
     return tuple(found)

@@ -6,8 +6,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 from numpy.typing import ArrayLike
@@ -48,17 +48,22 @@ class Result:
         model: The model to ship.
         plan: What was done to it.
         report: Everything that was found and measured.
-        pareto: Predicted points (share of the original's MACs, loss), most MACs first.
         met: Whether all limits hold.
+        search: The search, from which further plans can be made.
         interrupted: Whether Ctrl-C ended the search; the model is then the best so far.
     """
 
     model: Model
     plan: Plan
     report: Report
-    pareto: tuple[tuple[float, float], ...]
     met: bool
+    search: Search = field(repr=False)
     interrupted: bool = False
+
+    @cached_property
+    def pareto(self) -> tuple[tuple[float, float], ...]:
+        """Predicted points (share of the original's MACs, loss), most MACs first."""
+        return self.search.front(self.report.original.macs)
 
 
 def compress(
@@ -150,8 +155,7 @@ class _Run:
         if settings.limits == Limits():
             return self._judge(Outcome(self._search.nothing, self._plain, True))
         if dry_run:
-            plan, met = self._search.plan(limits)
-            return self._preview(plan, met)
+            return self._preview(*self._search.plan(limits, self._plain))
         try:
             return self._judge(self._search.run(limits, self._plain))
         except KeyboardInterrupt:
@@ -198,7 +202,7 @@ class _Run:
         size = self._search.space.file_bytes(plan.cost, plan.forms)
         figures = Figures(plan.cost.params, plan.cost.macs, size, None)
         report = self._report(plan, self._validate(self._plain), None, figures, met)
-        return Result(self._plain, plan, report, self._search.front(self._base.cost.macs), met)
+        return Result(self._plain, plan, report, met, self._search)
 
     def _judge(self, outcome: Outcome) -> Result:
         """Validate, measure, and fall back where the candidate does not pay."""
@@ -215,8 +219,7 @@ class _Run:
             ladder, benchmark = self._validate(candidate), self._latency(candidate)
         figures = Figures.of(Analysis(candidate, self._fit), benchmark, 1)
         report = self._report(plan, ladder, benchmark, figures, met)
-        front = self._search.front(self._base.cost.macs)
-        return Result(candidate, plan, report, front, met)
+        return Result(candidate, plan, report, met, self._search)
 
     def _report(
         self,

@@ -74,11 +74,14 @@ class Search:
         """Why nodes and groups were left alone."""
         return (*self.space.refusals, *(self._losses.refusals if self._losses else ()))
 
-    def plan(self, limits: Limits) -> tuple[Plan, bool]:
+    def plan(self, limits: Limits, plain: Model) -> tuple[Plan, bool]:
         """Return the best plan within absolute limits, and whether there is one.
 
-        Where none is within them, the plan nearest to them is returned, and a note says why.
+        Where none is within them, the plan nearest to them is returned, and a note says why;
+        where the prepared original `plain` is within them already, the plan is empty.
         """
+        if self._within(plain, limits):
+            return self.nothing, True
         allocator = self._measure()
         try:
             return self._timed("allocate", partial(allocator.choose, limits)), True
@@ -93,11 +96,9 @@ class Search:
             limits: Absolute limits.
             plain: The prepared original, which an empty plan gives.
         """
-        if self._within(plain, limits):
-            return Outcome(self.nothing, plain, True)
         wanted, outcome = limits, Outcome(self.nothing, plain, False)
         for _ in range(_SIZE_ROUNDS):
-            plan, reached = self.plan(wanted)
+            plan, reached = self.plan(wanted, plain)
             model = plain if plan.empty else self._solve(plan)
             outcome = Outcome(plan, model, self._within(model, limits))
             excess = model.file_bytes - (limits.size or model.file_bytes)

@@ -42,7 +42,9 @@ class Limits:
         """Return the limits in units, given those of the original."""
 
         def units(value: float | None, whole: int) -> float | None:
-            return value if value is None or value > 1 else value * whole
+            if value is None or value > 1:
+                return value
+            return value * whole or None  # a share of nothing is no limit
 
         return Limits(
             units(self.macs, macs), units(self.params, params), units(self.size, size)

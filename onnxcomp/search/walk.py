@@ -9,6 +9,7 @@ function; the structure is written once, at the end.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from onnxcomp.analysis.moments import (
     identity_moments,
 )
 from onnxcomp.analysis.stream import Feeds, Stream
+from onnxcomp.errors import DataError
 from onnxcomp.model import Array, Model
 from onnxcomp.passes.base import Arrays, Option
 from onnxcomp.passes.factorize import Factorize
@@ -31,6 +33,7 @@ from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.search.losses import Losses, Progress, like_bias, without_inputs
 from onnxcomp.search.space import Plan, Space
 
+_log = logging.getLogger(__name__)
 Index = npt.NDArray[np.int64]
 
 
@@ -126,14 +129,19 @@ class Walk:
         self, linear: Linear, kernel: Array, inputs: Index, outputs: Index, position: int
     ) -> tuple[SecondMoments, ...]:
         """Return the moments of the compressed network's inputs and the wanted outputs."""
+        bias = np.asarray(self._model.weights[linear.bias], np.float64).reshape(-1)
+        alone = identity_moments(linear, kernel, bias, inputs=inputs, outputs=outputs)
         if not self._data_aware:
-            bias = np.asarray(self._model.weights[linear.bias], np.float64).reshape(-1)
-            return identity_moments(linear, kernel, bias, inputs=inputs, outputs=outputs)
+            return alone
         self._original.advance([linear.x])
         self._current.advance([linear.x])
         rng = np.random.default_rng([self._seed, position])
         xs, targets = self._current.batches(linear.x), self._targets(linear)
-        return collect_moments(linear, xs, targets, rng, inputs=inputs, outputs=outputs)
+        try:
+            return collect_moments(linear, xs, targets, rng, inputs=inputs, outputs=outputs)
+        except DataError as error:  # such as a mask of -inf in front of the node
+            _log.warning("'%s' is not refitted: %s", linear.id, error)
+            return alone
 
     def _targets(self, linear: Linear) -> list[Array]:
         """Return the original outputs, corrected by what the shortcut beside them lost."""

@@ -9,7 +9,7 @@ from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.linear import Linear, find_linears
 from onnxcomp.model import Model
 from onnxcomp.runtime import Session, with_outputs
-from tests.graphs import shared_models, sane_feeds
+from tests.graphs import sane_feeds, shared_models
 
 TOLERANCE = 1e-4  # relative L2 in float32, products of up to 25,000 terms
 

@@ -1,0 +1,1 @@
+"""Benchmarks of onnxcomp, on its public API only: `python -m benchmarks NAME`."""

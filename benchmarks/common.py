@@ -1,0 +1,277 @@
+"""What all benchmarks share: real models, fresh processes, tables and result files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+RESULTS = Path(__file__).parent / "results"
+SCHEMA_VERSION = 1
+PACKAGES = (
+    "onnxcomp",
+    "onnx",
+    "onnxruntime",
+    "onnx-graphsurgeon",
+    "numpy",
+    "scipy",
+    "onnxsim",
+)
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class SkippedError(Exception):
+    """A benchmark cannot be run here; the message says what is missing."""
+
+
+class ChildError(Exception):
+    """A child process failed; the message ends with the last line that it wrote."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for on the command line.
+
+    Attributes:
+        quick: Tiny settings, to see that a benchmark works.
+        seed: Seed of all draws.
+        threads: Threads of the search; latency is always measured with one.
+        work: Folder for models that a benchmark makes.
+        out: Folder of the results.
+    """
+
+    quick: bool
+    seed: int
+    threads: int
+    work: Path
+    out: Path
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of strings with a title."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def text(self) -> str:
+        """Return the table for a terminal."""
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        left = [not all(_is_figure(row[i]) for row in self.rows) for i in range(len(widths))]
+        padded = [
+            "  ".join(
+                cell.ljust(width) if words else cell.rjust(width)
+                for cell, width, words in zip(line, widths, left, strict=True)
+            ).rstrip()
+            for line in lines
+        ]
+        rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        return "\n".join([self.title, padded[0], rule, *padded[1:]])
+
+    def markdown(self) -> str:
+        """Return the table in Markdown."""
+        figures = [
+            all(_is_figure(row[i]) for row in self.rows) for i in range(len(self.columns))
+        ]
+        rule = ["---:" if figure else "---" for figure in figures]
+        lines = [self.columns, rule, *([_escaped(c) for c in row] for row in self.rows)]
+        body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"**{self.title}**\n\n{body}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a benchmark found.
+
+    Attributes:
+        rows: Plain JSON values, one object per case.
+        tables: The same for people.
+        notes: What the reader must know first.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    tables: Sequence[Table]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class ChildRun:
+    """What a call in a fresh process returned and took.
+
+    Attributes:
+        value: Its plain JSON value.
+        seconds: Wall time of the call, without starting Python.
+        peak_rss: Largest resident memory, in bytes, mapped pages of files included.
+        peak_anonymous: The same without pages of files; sampled every few milliseconds.
+        peak_children: Largest resident memory of a process that the call started; 0 if none.
+    """
+
+    value: Any
+    seconds: float
+    peak_rss: int
+    peak_anonymous: int
+    peak_children: int
+
+
+def shared_folder() -> Path:
+    """Return the folder of real models and data; `SkippedError` where it is absent."""
+    if not (SHARED / "models" / "manifest.json").exists():
+        raise SkippedError("../shared is absent: no real models and data to measure on")
+    return SHARED
+
+
+def model_path(name: str) -> Path:
+    """Return the file of a shared model."""
+    return shared_folder() / "models" / f"{name}.onnx"
+
+
+def manifest() -> dict[str, dict[str, Any]]:
+    """Return the manifest's entries of the shared models by name."""
+    entries = json.loads((shared_folder() / "models" / "manifest.json").read_text())
+    return {entry["name"]: entry for entry in entries}
+
+
+def run_child(target: str, *, cores: int = 1, **arguments: Any) -> ChildRun:
+    """Call a function in a fresh process, so that its memory is its own.
+
+    Args:
+        target: "module:function".
+        cores: Threads of linear algebra in the child.
+        arguments: Plain JSON values, passed by keyword.
+
+    Raises:
+        ChildError: The call raised, or the process died.
+    """
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        answer = Path(folder) / "answer.json"
+        ran = subprocess.run(
+            [sys.executable, "-m", "benchmarks.child", target, str(answer)],
+            input=json.dumps(arguments),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(cores))},
+            check=False,
+        )
+        if ran.returncode or not answer.exists():
+            said = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
+            raise ChildError(f"{target}: {said[-1]}")
+        return ChildRun(**json.loads(answer.read_text()))
+
+
+def command(*arguments: str, cores: int = 1) -> tuple[int, float, str]:
+    """Run the `onnxcomp` command in a process; return exit code, seconds and stderr."""
+    start = time.monotonic()
+    ran = subprocess.run(
+        [sys.executable, "-c", "from onnxcomp.cli import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(cores))},
+        check=False,
+    )
+    return ran.returncode, time.monotonic() - start, ran.stderr
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what is measured and of what it stands on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "from source" if package == "onnxcomp" else "absent"
+    return found
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of a benchmark, as it is written to its JSON file."""
+
+    benchmark: str
+    quick: bool
+    seed: int
+    threads: int
+    seconds: float
+    machine: Mapping[str, Any]
+    outcome: Outcome
+    versions: Mapping[str, str] = field(default_factory=versions)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "benchmark": self.benchmark,
+            "quick": self.quick,
+            "seed": self.seed,
+            "threads": self.threads,
+            "seconds": round(self.seconds, 1),
+            "machine": dict(self.machine),
+            "versions": dict(self.versions),
+            "notes": list(self.outcome.notes),
+            "rows": [dict(row) for row in self.outcome.rows],
+        }
+
+    def markdown(self) -> str:
+        """Return the page beside the JSON file."""
+        machine, used = self.machine, self.versions
+        head = (
+            f"# {self.benchmark}\n\n{machine['cpu']}, {machine['cores']} cores, onnxruntime "
+            f"{used['onnxruntime']}, seed {self.seed}, {self.seconds:.0f} s in all"
+            f"{'; quick settings: figures mean nothing' if self.quick else ''}."
+        )
+        notes = "\n".join(f"* {note}" for note in self.outcome.notes)
+        tables = "\n\n".join(table.markdown() for table in self.outcome.tables)
+        return "\n\n".join(part for part in (head, notes, tables) if part) + "\n"
+
+    def write(self, folder: Path) -> Path:
+        """Write NAME.json and NAME.md into a folder and return the first."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.benchmark}.json"
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
+        return path
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """Return a share as per cent; "-" for None."""
+    return "-" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def count(number: float | None) -> str:
+    """Return a count with k, M or G; "-" for None."""
+    if number is None:
+        return "-"
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def interval(ratio: Mapping[str, float] | None) -> str:
+    """Return a ratio with its interval; "-" for None."""
+    if ratio is None:
+        return "-"
+    return f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def _is_figure(cell: str) -> bool:
+    return cell[:1] in "+-0123456789"
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")

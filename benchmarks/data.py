@@ -1,0 +1,169 @@
+"""Samples for the shared models: some to fit on, and new ones that come from other files.
+
+Images are preprocessed as the manifest says. CIFAR-10 models are fitted on training images and
+judged on test images; pictures are split by file, speech by time. There are no data sets for
+the other models, so their samples are stand-ins: what `NOTES` calls approximate has the right
+shape, range and statistics of a signal, but is not what the model was trained on.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks import pictures, sound
+from benchmarks.pictures import Views
+
+Array = npt.NDArray[Any]
+Arrays = Mapping[str, Array]
+Part = Literal["fit", "new"]
+Maker = Callable[[Part, int, np.random.Generator], Arrays]
+
+_MEAN = np.array((0.485, 0.456, 0.406))
+_STD = np.array((0.229, 0.224, 0.225))
+
+NOTES: Mapping[str, str] = {
+    "libonnx_mnist_8": "approximate: 8 x 8 digits of scikit-learn, enlarged",
+    "apne_gtcrn_simple": "approximate: telephone speech, resampled to 16 kHz",
+    "silero_vad_16k_op15": "approximate: telephone speech, resampled to 16 kHz",
+    "microsoft_dnsmos_model_v8": "approximate: log-mel frames of resampled telephone speech",
+    "mlperftiny_ad01_autoencoder": "approximate: log-mel frames of speech, not of machines",
+    "mlperftiny_kws_dscnn": "approximate: MFCC of running speech, not of keywords",
+    "mlperftiny_streaming_wakeword": "approximate: log-mel frames of running speech",
+    "ipne_TBEFN_180x320": "approximate: darkened daylight pictures",
+    "qonnx_espcn_subpixel_float": "4 x 4 patches of pictures",
+}
+
+
+def samples(model: str, part: Part, *, seed: int = 0, limit: int | None = None) -> Arrays:
+    """Return samples of a shared model by input name, and "labels" where there are any.
+
+    Args:
+        model: Its name in the manifest.
+        part: "fit", or "new": from files, or a stretch of speech, that "fit" never sees.
+        seed: Seed of what is drawn.
+        limit: At most so many samples.
+    """
+    maker, fit, new = _MAKERS[model]
+    count = min({"fit": fit, "new": new}[part], limit or _WHOLE)
+    rng = np.random.default_rng([seed, zlib.crc32(f"{model}:{part}".encode())])
+    return maker(part, count, rng)
+
+
+def write(
+    *, model: str, folder: str, seed: int = 0, limit: int | None = None
+) -> dict[str, int]:
+    """Write `MODEL.fit.npz` and `MODEL.new.npz`; return how many samples each has."""
+    counts: dict[str, int] = {}
+    parts: Sequence[Part] = ("fit", "new")
+    for part in parts:
+        found = samples(model, part, seed=seed, limit=limit)
+        np.savez(sample_file(folder, model, part), allow_pickle=False, **found)
+        counts[part] = len(next(iter(found.values())))
+    return counts
+
+
+def sample_file(folder: str | Path, model: str, part: Part) -> Path:
+    """Return where `write` puts the samples."""
+    return Path(folder) / f"{model}.{part}.npz"
+
+
+def names() -> list[str]:
+    """Return the names of all models that there are samples for."""
+    return sorted(_MAKERS)
+
+
+def _cifar(
+    part: Part, count: int, rng: np.random.Generator, *, name: str, raw: bool = False
+) -> Arrays:
+    """Training images drawn at random, or the first test images with their labels."""
+    images, labels = pictures.cifar10("train" if part == "fit" else "test")
+    chosen = rng.permutation(len(images))[:count] if part == "fit" else np.arange(count)
+    chosen = np.sort(chosen[chosen < len(images)])
+    x = images[chosen].astype(np.float32)
+    if not raw:
+        x = ((x / 255 - _MEAN) / _STD).astype(np.float32)
+        x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
+    return {name: x} | ({} if part == "fit" else {"labels": labels[chosen].astype(np.int64)})
+
+
+def _digits(part: Part, count: int, rng: np.random.Generator) -> Arrays:
+    from sklearn.datasets import load_digits
+
+    half = slice(0, None, 2) if part == "fit" else slice(1, None, 2)
+    small = load_digits().images[half]
+    chosen = small[rng.permutation(len(small))[:count]]
+    return {"Input3": pictures.enlarged_digits(chosen)}
+
+
+_COCO = ("coco",)
+_FACES = ("faces", "coco")
+_WHOLE = 10**9
+
+_MAKERS: Mapping[str, tuple[Maker, int, int]] = {
+    "akamaster_cifar10_resnet20": (partial(_cifar, name="input"), 512, 5000),
+    "akamaster_cifar10_resnet56": (partial(_cifar, name="input"), 512, 5000),
+    "mlperftiny_cifar10_resnet8": (partial(_cifar, name="input", raw=True), 512, 5000),
+    "libonnx_mnist_8": (_digits, 512, 512),
+    "oarriaga_emotion_mini_XCEPTION": (pictures.face_crops, 256, 128),
+    "ipne_deeplab_v3_mnv2": (
+        Views("sub_7", _COCO, (257, 257), mean=(127.5,), scale=127.5, nhwc=True),
+        24,
+        12,
+    ),
+    "ipne_TBEFN_180x320": (
+        Views("Placeholder", _COCO, (180, 320), scale=255, dark=True),
+        16,
+        12,
+    ),
+    "kazuhito00_yolox_nano": (
+        Views("images", _COCO, (416, 416), bgr=True, letterbox=True),
+        48,
+        16,
+    ),
+    "libonnx_super_resolution_10": (
+        Views("input", ("set12", "coco"), (224, 224), scale=255, grey=True),
+        16,
+        12,
+    ),
+    "qonnx_espcn_subpixel_float": (
+        Views("input", ("coco", "set12"), (4, 4), scale=255, patch=True),
+        512,
+        256,
+    ),
+    "linzaer_ultralight_face_RFB-320": (
+        Views("input", _FACES, (240, 320), mean=(127,), scale=128),
+        128,
+        32,
+    ),
+    "linzaer_ultralight_face_slim-320_nopost": (
+        Views("input", _FACES, (240, 320), mean=(127,), scale=128),
+        128,
+        32,
+    ),
+    "shiqiyu_scrfd_500m_bnkps": (
+        Views("input.1", _FACES, (256, 320), mean=(127.5,), scale=128, bgr=True),
+        128,
+        32,
+    ),
+    "shiqiyu_retinaface_mbnet0.25": (
+        Views("input", _FACES, (256, 320), mean=(104, 117, 123), bgr=True),
+        128,
+        32,
+    ),
+    "shiqiyu_yunet_n_dynamic": (Views("input", _FACES, (256, 320), bgr=True), 128, 32),
+    "ipne_yunet_120x160": (Views("input", _FACES, (120, 160), bgr=True), 128, 32),
+    "microsoft_dnsmos_model_v8": (sound.dnsmos, 64, 32),
+    "mlperftiny_ad01_autoencoder": (sound.anomaly, 512, 256),
+    "mlperftiny_kws_dscnn": (sound.keywords, 256, 128),
+    "mlperftiny_streaming_wakeword": (sound.wakeword, 256, 128),
+    "apne_gtcrn_simple": (sound.gtcrn, 192, 96),
+    "silero_vad_16k_op15": (sound.silero, 192, 96),
+}
+"""How the samples of each model are made, and how many there are to fit and how many new."""
