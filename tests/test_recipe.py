@@ -26,6 +26,7 @@ OTHER = Settings(
     target="x86-avx2",
     grid="off",
     exclude="head|['\"#: ]",
+    patience=2.0,
     data_aware=False,
     seed=7,
     threads=2,

@@ -327,7 +327,8 @@ class Allocator:
         sizes = np.array(domain, np.float64)
         loss = np.array([self._losses.widths[name].get(w, 0.0) for w in domain])
         none = np.zeros(len(domain))
-        columns = [loss, none, none, sizes * per_channel, sizes * nbytes]
+        seconds = sizes * self._space.element_seconds[name]
+        columns = [loss, seconds, none, sizes * per_channel, sizes * nbytes]
         states = np.arange(len(domain))[:, None]
         return _Rows((position,), states, np.stack(columns, axis=1), [None] * len(domain))
 

@@ -24,7 +24,6 @@ from onnxcomp.search.working import finish
 
 T = TypeVar("T")
 _SIZE_ROUNDS = 3
-_PATIENCE = 1.25  # of the least loss, given up for time: 12 % as relative L2
 _FRONT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 
 
@@ -141,7 +140,7 @@ class Search:
                 self.space,
                 self._losses,
                 time_limit_s=self._settings.solver_seconds,
-                patience=_PATIENCE if self._settings.step is None else 1.0,
+                patience=self._settings.patience if self._settings.step is None else 1.0,
             )
         return self._allocator
 

@@ -67,6 +67,8 @@ class Settings:
         target: Built-in profile of the CPU.
         grid: "auto", "off", or a number whose multiples widths and ranks must be.
         exclude: Regular expression; nodes whose name or output matches stay as they are.
+        patience: Factor of the least predicted loss up to which, on the target's grid, the
+            plan of least predicted time is preferred; 1 asks for the least loss.
         data_aware: Solve in the metric of the samples; otherwise from the weights alone.
         seed: Seed of the split, of sampled positions and of random inputs.
         threads: Threads of every session and of NumPy, also when latency is measured.
@@ -81,6 +83,7 @@ class Settings:
     target: str = "x86-avx512"
     grid: str = "auto"
     exclude: str | None = None
+    patience: float = 1.5
     data_aware: bool = True
     seed: int = 0
     threads: int = 1
@@ -98,6 +101,8 @@ class Settings:
             self.grid.isdigit() and int(self.grid) > 0
         ):
             raise ParameterError.of("Settings", "grid", "auto, off or a number", self.grid)
+        if not self.patience >= 1:
+            raise ParameterError.of("Settings", "patience", "at least 1", self.patience)
         if self.threads < 1:
             raise ParameterError.of("Settings", "threads", "at least 1", self.threads)
         find_target(self.target)

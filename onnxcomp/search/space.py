@@ -16,7 +16,7 @@ from onnxcomp.analysis.channel_flow import Count
 from onnxcomp.analysis.channels import ChannelGroup
 from onnxcomp.analysis.cost import Cost, is_parameter, node_macs
 from onnxcomp.analysis.linear import Linear
-from onnxcomp.analysis.target import Convolution, Target
+from onnxcomp.analysis.target import ELEMENT_NS, Convolution, Target
 from onnxcomp.model import Node
 from onnxcomp.passes.base import Option, Proposal, Refusal
 from onnxcomp.passes.factorize import chain
@@ -63,7 +63,7 @@ class Plan:
         forms: Factorisation by node id.
         loss: Predicted loss, the sum of the measured ones.
         cost: Predicted cost of the whole model, exact.
-        seconds: Predicted time of its linear nodes at batch 1, by the target's model.
+        seconds: Predicted time at batch 1 of all that plans may change.
     """
 
     widths: Mapping[str, int]
@@ -260,9 +260,26 @@ class Space:
             )
         return self.facts.model.file_bytes - saved + further
 
+    @cached_property
+    def element_seconds(self) -> Mapping[str, float]:
+        """Predicted seconds of elementwise operators per channel of every group."""
+        found = dict.fromkeys(self.widths, 0.0)
+        for node in self.facts.model.nodes:
+            ns = ELEMENT_NS.get(node.op, 0.0)
+            for name in node.outputs if ns else ():
+                shape = self.facts.tensors[name].shape if name in self.facts.tensors else ()
+                for axis, size in enumerate(shape):
+                    for group, index in self.slices.get((name, axis), ()):
+                        share = index.shape[1] / size
+                        found[group] += 1e-9 * ns * math.prod(shape) * share
+        return found
+
     def seconds(self, widths: Widths, forms: Mapping[str, Option]) -> float:
-        """Return the predicted seconds of all linear nodes under a plan."""
-        total = 0.0
+        """Return the predicted seconds of all that a plan may change."""
+        total = sum(
+            each * widths.get(name, self.groups[name].size)
+            for name, each in self.element_seconds.items()
+        )
         for linear in self.facts.linears.values():
             c = self.input_side(linear).width(widths)
             m = self.output_side(linear).width(widths)
