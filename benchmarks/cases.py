@@ -25,6 +25,7 @@ def compress(
     grid: str = "auto",
     seed: int = 0,
     threads: int = 1,
+    patience: float = onnxcomp.Settings.patience,
 ) -> dict[str, Any]:
     """Compress a shared model and save the result.
 
@@ -38,10 +39,13 @@ def compress(
         grid: As in `Settings`.
         seed: As in `Settings`.
         threads: Threads of the search.
+        patience: As in `Settings`.
     """
     network = onnxcomp.load(model_path(model))
     samples = onnxcomp.load_samples(data, network.signature.inputs)
-    settings = onnxcomp.Settings(grid=grid, seed=seed, threads=threads, latency=False)
+    settings = onnxcomp.Settings(
+        grid=grid, seed=seed, threads=threads, patience=patience, latency=False
+    )
     start = time.monotonic()
     result = onnxcomp.compress(
         network, samples, limits=onnxcomp.Limits(macs=macs), settings=settings
