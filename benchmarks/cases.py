@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,9 +11,11 @@ import onnxcomp
 from benchmarks.common import model_path
 from onnxcomp.analysis import Analysis
 from onnxcomp.bench import Benchmark, paired_latency
-from onnxcomp.evaluate import evaluate, predict
+from onnxcomp.drift import drift
+from onnxcomp.evaluate import predict
 from onnxcomp.metrics import load_metric
-from onnxcomp.samples import Samples
+
+_BATCH = 100
 
 
 def compress(
@@ -89,12 +91,17 @@ def judge(*, model: str, files: Sequence[str], data: str) -> list[dict[str, floa
     original = onnxcomp.load(model_path(model))
     samples = onnxcomp.load_samples(data, original.signature.inputs)
     metric = None if samples.labels is None else load_metric("top1")
-    found: list[dict[str, float | None]] = [
-        {"top1": _top1(original, samples), "relative_l2": 0.0}
-    ]
-    for file in files:
-        seen = evaluate(original, onnxcomp.load(file), samples, metric=metric, batch=100)
-        found.append({"top1": seen.metric_candidate, "relative_l2": seen.relative_l2})
+    expected = predict(original, samples, batch=_BATCH)
+    found: list[dict[str, float | None]] = []
+    for file in (str(model_path(model)), *files):
+        outputs = predict(onnxcomp.load(file), samples, batch=_BATCH)
+        drifts = drift(expected, outputs).values()
+        found.append(
+            {
+                "top1": None if metric is None else metric.score(outputs, samples, expected),
+                "relative_l2": max(d.relative_l2 for d in drifts),
+            }
+        )
     return found
 
 
@@ -128,10 +135,3 @@ def _timings(found: Benchmark) -> list[dict[str, Any]]:
         {"median_ms": timing.median_ms, "ratio": asdict(timing.ratio)}
         for timing in (*found.models, found.control)
     ]
-
-
-def _top1(model: onnxcomp.Model, samples: Samples) -> float | None:
-    if samples.labels is None:
-        return None
-    outputs: Mapping[str, Any] = predict(model, samples, batch=100)
-    return load_metric("top1").score(outputs, samples, outputs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import mmap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,7 @@ class Session:
             raise ExecutionError(
                 f"onnxruntime cannot load the model: {_reason(error)}"
             ) from error
+        _drop_mapped_pages(model.weights[name] for name in lent)
         self.input_names = tuple(v.name for v in self._session.get_inputs())
         self.output_names = tuple(v.name for v in self._session.get_outputs())
 
@@ -96,6 +98,19 @@ def _lend(tensor: onnx.TensorProto, array: Array) -> ort.OrtValue:
         return ort.OrtValue.ortvalue_from_numpy(array)
     bits = array.view(np.uint16)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, tensor.data_type)
+
+
+def _drop_mapped_pages(arrays: Iterable[Array]) -> None:
+    """Let the kernel take back pages of mapped weight files, which onnxruntime has copied."""
+    files: dict[int, mmap.mmap] = {}
+    for array in arrays:
+        base: object = array
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, mmap.mmap):
+            files[id(base)] = base
+    for file in files.values():
+        file.madvise(mmap.MADV_DONTNEED)
 
 
 def session_options(*, optimize: bool, threads: int) -> ort.SessionOptions:

@@ -7,7 +7,7 @@ from typing import TypeGuard
 
 from onnxcomp.errors import ExecutionError, UnsupportedModelError
 from onnxcomp.model import Array, Model, Value
-from onnxcomp.runtime import Session
+from onnxcomp.runtime import capture_tensors
 from onnxcomp.samples import Samples, random_samples
 
 # Sizes tried for symbolic axes behind the batch, most usual first.
@@ -37,13 +37,12 @@ def random_inputs(model: Model, count: int, *, seed: int = 0) -> Samples:
     Raises:
         UnsupportedModelError: No random input of a usual size runs; give samples.
     """
-    session = Session(model, optimize=False)
     inputs = model.signature.inputs
     reason = "its inputs have unknown rank"
     for shapes in usual_shapes(inputs):
         samples = random_samples(inputs, 1, seed, shapes)
         try:
-            session.run(next(iter(samples.batches(inputs, 1))).feed)
+            capture_tensors(model, next(iter(samples.batches(inputs, 1))).feed)
         except ExecutionError as error:
             reason = str(error)
             continue
