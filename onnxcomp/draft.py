@@ -18,9 +18,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxcomp.errors import ParameterError, SealError
-from onnxcomp.model import Array, Model, captured_names, fill, stub, subgraphs
+from onnxcomp.model import Array, Model, captured_names, stub, subgraphs
+from onnxcomp.outline import outline
 
-_INLINE_BYTES = 1024
 _log = logging.getLogger(__name__)
 
 
@@ -353,32 +353,10 @@ def _downstream(skeleton: onnx.ModelProto, roots: Iterable[str]) -> set[str]:
 def _check(
     skeleton: onnx.ModelProto, weights: Mapping[str, Array]
 ) -> dict[str, onnx.ValueInfoProto]:
-    """Run the full checker and strict shape inference; return the inferred value infos.
-
-    Large weights stand in as graph inputs of their shape, so that nothing is copied.
-    """
-    proto = onnx.ModelProto()
-    proto.CopyFrom(skeleton)
+    """Run the full checker and strict shape inference; return the inferred value infos."""
+    proto = outline(skeleton, weights)
     proto.ir_version = max(proto.ir_version, 4)
-    graph = proto.graph
-    del graph.value_info[:]
-    inline, declared = [], {v.name for v in graph.input}
-    for tensor in graph.initializer:
-        array = weights.get(tensor.name)
-        if array is not None and array.nbytes > _INLINE_BYTES:
-            if tensor.name not in declared:
-                graph.input.append(
-                    onnx.helper.make_tensor_value_info(
-                        tensor.name, tensor.data_type, list(tensor.dims)
-                    )
-                )
-            continue
-        if array is not None:
-            fill(tensor, array)
-        inline.append(tensor)
-    kept = [onnx.TensorProto.FromString(t.SerializeToString()) for t in inline]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
+    del proto.graph.value_info[:]
     onnx.checker.check_model(proto, full_check=True)
     result = onnx.shape_inference.infer_shapes(
         proto, check_type=True, strict_mode=True, data_prop=True

@@ -16,12 +16,12 @@ from onnxcomp.drift import drift
 from onnxcomp.errors import ExecutionError, ValidationError
 from onnxcomp.evaluate import Evaluation, compare_sessions
 from onnxcomp.metrics import Metric
-from onnxcomp.model import Array, Model, fill
+from onnxcomp.model import Array, Model
+from onnxcomp.outline import outline
 from onnxcomp.runtime import Session
 from onnxcomp.sample_rules import dims, show
 from onnxcomp.samples import Batch, Samples
 
-_INLINE_BYTES = 1024
 _RANDOM_COUNT = 8
 _BATCHES = (1, 2, 3)
 _SCALES = ((2.0, 2.0), (0.5, 0.5), (1.0, 2.0))  # of the open axes: all but the last, the last
@@ -250,7 +250,7 @@ def _scaled(
 
 def _failure(examine: Callable[[onnx.ModelProto], object], model: Model) -> str | None:
     try:
-        examine(_without_payload(model))
+        examine(outline(model.skeleton, model.weights))
     except _CHECKER_ERRORS as error:
         return " ".join(str(error).split())
     return None
@@ -258,27 +258,6 @@ def _failure(examine: Callable[[onnx.ModelProto], object], model: Model) -> str 
 
 def _infer_strictly(proto: onnx.ModelProto) -> None:
     onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
-
-
-def _without_payload(model: Model) -> onnx.ModelProto:
-    """Return the model with its large weights as inputs, so that no size is too large."""
-    proto = model.to_proto(external=True)
-    declared = {value.name for value in proto.graph.input}
-    kept = []
-    for tensor in proto.graph.initializer:
-        array = model.weights.get(tensor.name)
-        if array is None or array.nbytes <= _INLINE_BYTES:
-            if array is not None:
-                fill(tensor, array)
-            kept.append(onnx.TensorProto.FromString(tensor.SerializeToString()))
-        elif tensor.name not in declared:
-            shape, kind = list(array.shape), tensor.data_type
-            proto.graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, kind, shape)
-            )
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
-    return proto
 
 
 def _bytes_on_disk(path: Path) -> int:

@@ -22,7 +22,16 @@ ONLY_IN = {
 # Layers, lowest first; a file imports its own layer and lower ones at module level.
 LAYERS = [
     {"errors"},
-    {"numerics", "sample_files", "sample_rules", "samples", "model", "draft", "loading"},
+    {
+        "numerics",
+        "sample_files",
+        "sample_rules",
+        "samples",
+        "model",
+        "outline",
+        "draft",
+        "loading",
+    },
     {"runtime", "sandbox", "sandbox_child", "drift", "metrics"},
     {"analysis", "evaluate", "bench", "opening"},
     {"passes", "validation"},
