@@ -272,10 +272,18 @@ class _Run:
             return ""
         if candidate.file_bytes > self._original.file_bytes:
             return "the result is larger than the input"
+        if benchmark is None or not is_slower(benchmark, 1):
+            return ""
+        slower = f"the result is slower ({benchmark.models[1].ratio.value:.2f}x)"
         limits = self._settings.limits
-        size_only = limits.size is not None and limits.macs is None and limits.params is None
-        if benchmark is not None and is_slower(benchmark, 1) and not size_only:
-            return f"the result is slower ({benchmark.models[1].ratio.value:.2f}x)"
+        if limits.size is not None and limits.macs is None and limits.params is None:
+            self._notes.append(f"{slower}; kept, as only its size was limited")
+        elif self._settings.grid == "off":  # which is for comparisons by MACs, not by time
+            self._notes.append(
+                f"{slower}; kept, as --grid off leaves the target's grid"
+            )
+        else:
+            return slower
         return ""
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:

@@ -22,13 +22,6 @@ from tests.search.cases import CASES, residual
 QUICK = Settings(latency=False, grid="8")
 
 
-@pytest.fixture(autouse=True)
-def _no_front(request, monkeypatch):
-    """The predicted front costs seven programmes and is not what these tests look at."""
-    if "front" not in request.node.name:
-        monkeypatch.setattr("onnxcomp.search.search.Search.front", lambda *_: ())
-
-
 def inputs(model: Model, count: int = 32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
@@ -128,6 +121,25 @@ def test_a_result_that_is_larger_is_not_kept(monkeypatch):
     assert result.plan.empty
     assert not result.met
     assert any("kept" in note for note in result.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("grid", "force", "limits", "kept"),
+    [
+        ("8", False, {"macs": 0.6}, False),
+        ("8", False, {"macs": 0.6, "size": 0.9}, False),
+        ("8", False, {"size": 0.6}, True),
+        ("off", False, {"macs": 0.6}, True),
+        ("8", True, {"macs": 0.6}, True),
+    ],
+)
+def test_a_slower_result(monkeypatch, grid, force, limits, kept):
+    """It is kept only where time was not asked for, and the report says so."""
+    monkeypatch.setattr("onnxcomp.search.run.is_slower", lambda *_: True)
+    result = run(residual(), Settings(grid=grid, force=force), **limits)
+    assert result.met is kept
+    assert result.plan.empty is not kept
+    assert force or any("slower" in note for note in result.report.notes)
 
 
 def test_a_result_that_fails_validation_is_not_kept(monkeypatch):
