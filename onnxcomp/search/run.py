@@ -279,9 +279,7 @@ class _Run:
         if limits.size is not None and limits.macs is None and limits.params is None:
             self._notes.append(f"{slower}; kept, as only its size was limited")
         elif self._settings.grid == "off":  # which is for comparisons by MACs, not by time
-            self._notes.append(
-                f"{slower}; kept, as --grid off leaves the target's grid"
-            )
+            self._notes.append(f"{slower}; kept, as --grid off leaves the target's grid")
         else:
             return slower
         return ""
