@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -192,17 +190,3 @@ def compare_sessions(
     after = metric.score(changed, samples, original)
     drop = before - after
     return Evaluation(found, worst, metric.name, before, after, drop, count, origin)
-
-
-def as_json(result: Any) -> dict[str, Any]:
-    """Return a result as plain JSON values; infinite numbers become None."""
-    plain: dict[str, Any] = _finite(asdict(result))
-    return plain
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import numpy_helper
 
+from onnxcomp import report
 from onnxcomp.drift import DriftMeter, drift
 from onnxcomp.errors import (
     DataError,
@@ -20,7 +21,7 @@ from onnxcomp.errors import (
     UnsupportedModelError,
     ValidationError,
 )
-from onnxcomp.evaluate import as_json, evaluate, predict
+from onnxcomp.evaluate import evaluate, predict
 from onnxcomp.metrics import Metric, load_metric
 from onnxcomp.model import Model
 from onnxcomp.runtime import Session
@@ -93,7 +94,7 @@ def test_drift_of_equal_and_of_zero_outputs() -> None:
     assert drift({"y": zero}, {"y": zero})["y"].relative_l2 == 0.0
     lost = drift({"y": zero}, {"y": one})["y"]
     assert (lost.relative_l2, lost.sqnr_db) == (math.inf, -math.inf)
-    plain = as_json(lost)
+    plain = report.plain(lost)
     assert (plain["relative_l2"], plain["sqnr_db"]) == (None, None)
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
 
@@ -305,13 +306,13 @@ def test_evaluation() -> None:
     assert found.drop == pytest.approx(1 - accuracy)
     assert found.drop > 0
     assert (found.samples, found.origin) == (7, "user")
-    assert json.loads(json.dumps(as_json(found), allow_nan=False))["samples"] == 7
+    assert json.loads(json.dumps(report.plain(found), allow_nan=False))["samples"] == 7
 
 
 def test_evaluation_of_a_model_with_itself() -> None:
     found = evaluate(classifier(), classifier(), samples(), metric=load_metric("agreement"))
     assert (found.relative_l2, found.drop) == (0.0, 0.0)
-    assert as_json(found)["drift"]["y"]["sqnr_db"] is None
+    assert report.plain(found)["drift"]["y"]["sqnr_db"] is None
     assert evaluate(classifier(), classifier(), samples()).metric is None
 
 
@@ -344,7 +345,7 @@ def test_a_sound_candidate_climbs_the_ladder() -> None:
     execution = ladder.rungs[4].detail
     for shape in ("[1, 3, 8, 8]", "[3, 3, 8, 8]", "[1, 3, 16, 16]", "[1, 3, 8, 16]"):
         assert shape in execution
-    assert json.loads(json.dumps(as_json(ladder), allow_nan=False))["note"] == ladder.note
+    assert json.loads(json.dumps(report.plain(ladder), allow_nan=False))["note"] == ladder.note
 
 
 def test_random_inputs_are_noted() -> None:

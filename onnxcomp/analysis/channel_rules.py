@@ -67,22 +67,15 @@ def _broadcast(
 
 def conv(flow: ChannelFlow, node: Node) -> None:
     """Convolve: weight (out, in / group, ...); grouped ones as `_grouped` says."""
-    weight = flow.weight(node, 1)
-    if weight is None:
-        return _computed_weight(flow, node, 1)
-    flow.carry(node, {0: 0, 1: 1}, "a kernel slides over it")
-    group = int(node.attrs.get("group", 1))
-    ids = flow.get(node.input(0), 1)
-    if group == 1:
-        flow.read(node, 1, 1, ids)
-        made = flow.make(node, 1, 0)
-    else:
-        made = _grouped(flow, node, (0, 1), (weight.shape[1], weight.shape[0] // group))
-    return _output(flow, node, 1, made)
+    _convolve(flow, node, out_axis=0, in_axis=1)
 
 
 def conv_transpose(flow: ChannelFlow, node: Node) -> None:
     """Convolve transposed: weight (in, out / group, ...)."""
+    _convolve(flow, node, out_axis=1, in_axis=0)
+
+
+def _convolve(flow: ChannelFlow, node: Node, *, out_axis: int, in_axis: int) -> None:
     weight = flow.weight(node, 1)
     if weight is None:
         return _computed_weight(flow, node, 1)
@@ -90,10 +83,12 @@ def conv_transpose(flow: ChannelFlow, node: Node) -> None:
     group = int(node.attrs.get("group", 1))
     ids = flow.get(node.input(0), 1)
     if group == 1:
-        flow.read(node, 1, 0, ids)
-        made = flow.make(node, 1, 1)
+        flow.read(node, 1, in_axis, ids)
+        made = flow.make(node, 1, out_axis)
     else:
-        made = _grouped(flow, node, (1, 0), (weight.shape[0] // group, weight.shape[1]))
+        per_group = (weight.shape[0] // group, weight.shape[1])
+        widths = (per_group[in_axis], per_group[out_axis])
+        made = _grouped(flow, node, (out_axis, in_axis), widths)
     return _output(flow, node, 1, made)
 
 

@@ -10,7 +10,6 @@ relative to their variance, adds up over nodes where KL divergence and local err
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -37,7 +36,6 @@ from onnxcomp.runtime import Session
 from onnxcomp.search.outputs import OutputError, raw_outputs
 from onnxcomp.search.space import Space
 
-_log = logging.getLogger(__name__)
 _MEASURED = 4  # options measured per node or group; the others are interpolated
 _HOPELESS = 0.5  # share of the output's variance; options with a larger error are left out
 Index = npt.NDArray[np.int64]

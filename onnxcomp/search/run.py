@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -33,7 +32,6 @@ from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.working import finish, prepare, working_model
 from onnxcomp.validation import Ladder, validate
 
-_log = logging.getLogger(__name__)
 _RANDOM_SAMPLES = 128
 _MEASURED_SAMPLES = 128
 _BATCH = 32
