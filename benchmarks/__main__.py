@@ -6,11 +6,24 @@ import argparse
 import importlib
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.common import RESULTS, Options, Outcome, Record, SkippedError
+from benchmarks.common import RESULTS, TARGET, Options, Outcome, Record, SkippedError
 
-NAMES = ("accuracy_curve", "memory", "peers", "resnet56", "shared_tensors", "zoo")
+NAMES = (
+    "additivity",
+    "latency_model",
+    "memory",
+    "peers",
+    "promise",
+    "record",
+    "resume",
+    "scale",
+    "shared_tensors",
+    "zoo",
+)
 
 
 def main() -> int:
@@ -21,10 +34,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of all draws")
     parser.add_argument("--threads", type=int, default=2, help="threads of the search")
     parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument(
+        "--target", default=TARGET, help="profile, or a calibrated target.json"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="folder to keep models and answers in: started again, a benchmark goes on there",
+    )
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="benchmarks-") as work:
+    with _work(given.work) as work:
         out = given.out or (Path(tempfile.gettempdir(), "quick") if given.quick else RESULTS)
-        options = Options(given.quick, given.seed, given.threads, Path(work), out)
+        options = Options(given.quick, given.seed, given.threads, work, out, given.target)
         start = time.monotonic()
         try:
             outcome = _run(given.name, options)
@@ -37,6 +58,17 @@ def main() -> int:
         print(f"* {note}")
     print(f"{record.seconds:.0f} s; written to {record.write(out)}")
     return 0
+
+
+@contextmanager
+def _work(kept: Path | None) -> Iterator[Path]:
+    """Give the folder to work in: one that stays, or one that goes."""
+    if kept is not None:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
+        yield Path(folder)
 
 
 def _run(name: str, options: Options) -> Outcome:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+import numpy.typing as npt
 
 import onnxcomp
 from benchmarks.common import model_path
 from onnxcomp.analysis import Analysis
 from onnxcomp.bench import Benchmark, paired_latency
-from onnxcomp.drift import drift
+from onnxcomp.drift import drift as drift_of
 from onnxcomp.evaluate import predict
 from onnxcomp.metrics import load_metric
 
+Array = npt.NDArray[Any]
 _BATCH = 100
+
+
+def file_of(model: str) -> Path:
+    """Return the file of a model that is given by its name or as a file."""
+    return Path(model) if model.endswith(".onnx") else model_path(model)
 
 
 def compress(
@@ -23,49 +32,69 @@ def compress(
     model: str,
     data: str,
     out: str,
-    macs: float,
-    grid: str = "auto",
-    seed: int = 0,
-    threads: int = 1,
-    patience: float = onnxcomp.Settings.patience,
+    macs: float | None = None,
+    max_latency: float | None = None,
+    drop: float | None = None,
+    drift: float | None = None,
+    metric: str | None = None,
+    resume: str | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Compress a shared model and save the result.
+    """Compress a model and save the result.
 
-    The result is kept whatever its latency: that is measured afterwards, on one thread.
+    Unless `latency` is among the settings, the result is kept whatever its latency: that is
+    measured afterwards, on one thread.
 
     Args:
-        model: Its name in the manifest.
+        model: Its name, or a file.
         data: Samples to fit on, an `.npz` file.
         out: The file to write.
-        macs: Limit, a share or absolute.
-        grid: As in `Settings`.
-        seed: As in `Settings`.
-        threads: Threads of the search.
-        patience: As in `Settings`.
+        macs: As in `Limits`.
+        max_latency: `latency` of `Limits`.
+        drop: As in `Limits`.
+        drift: As in `Limits`.
+        metric: Name of a metric; None for the default.
+        resume: Folder of the search's state, such as its table of losses.
+        settings: As in `Settings`.
     """
-    network = onnxcomp.load(model_path(model))
+    network = onnxcomp.load(file_of(model))
     samples = onnxcomp.load_samples(data, network.signature.inputs)
-    settings = onnxcomp.Settings(
-        grid=grid, seed=seed, threads=threads, patience=patience, latency=False
-    )
+    limits = {"macs": macs, "latency": max_latency, "drop": drop, "drift": drift}
     start = time.monotonic()
     result = onnxcomp.compress(
-        network, samples, limits=onnxcomp.Limits(macs=macs), settings=settings
+        network,
+        samples,
+        limits=onnxcomp.Limits(**limits),
+        settings=onnxcomp.Settings(**{"latency": False} | settings),
+        metric=None if metric is None else load_metric(metric),
+        resume=resume,
     )
     seconds = time.monotonic() - start
     result.model.save(out)
+    seen = result.report.ladder.evaluation
     return {
         "model": model,
-        "limit": macs,
-        "grid": grid,
+        "limits": {name: value for name, value in limits.items() if value is not None},
+        "samples": samples.count,
         "met": result.met,
         "seconds": seconds,
         "phases": dict(result.report.seconds),
         "actions": len(result.report.actions),
         "notes": list(result.report.notes),
+        "loss": result.plan.loss,
+        "holdout": None
+        if seen is None
+        else {key: getattr(seen, key) for key in ("samples", "relative_l2", "drop")},
         "original": asdict(result.report.original),
         "result": asdict(result.report.result),
     }
+
+
+def build(*, name: str, out: str, seed: int = 0) -> None:
+    """Write a network of `models.builders` with BatchNorm kept; needs torch."""
+    from models.builders import export
+
+    export(name, out, folded=False, seed=seed)
 
 
 def cost(*, file: str, data: str) -> dict[str, int]:
@@ -76,33 +105,46 @@ def cost(*, file: str, data: str) -> dict[str, int]:
     return {"macs": found.macs, "params": found.params, "file_bytes": network.file_bytes}
 
 
-def judge(*, model: str, files: Sequence[str], data: str) -> list[dict[str, float | None]]:
+def judge(
+    *, model: str, files: Sequence[str], data: str, each: bool = False
+) -> list[dict[str, Any]]:
     """Judge model files on new samples: top-1 where there are labels, and drift.
 
     Args:
-        model: The original's name.
+        model: The original's name, or its file.
         files: Candidates.
         data: New samples, an `.npz` file.
+        each: Say of every sample, too, whether it was right.
 
     Returns:
-        For the original and then every candidate: `top1`, or None without labels, and
-        `relative_l2` of the worst output.
+        For the original and then every candidate: `samples`, their number; `top1` and
+        `agreement` with the original, or None without labels; `relative_l2` of the worst
+        output; and `right`, a string of "1" and "0".
     """
-    original = onnxcomp.load(model_path(model))
+    original = onnxcomp.load(file_of(model))
     samples = onnxcomp.load_samples(data, original.signature.inputs)
-    metric = None if samples.labels is None else load_metric("top1")
     expected = predict(original, samples, batch=_BATCH)
-    found: list[dict[str, float | None]] = []
-    for file in (str(model_path(model)), *files):
+    names = () if samples.labels is None else ("top1", "agreement")
+    found: list[dict[str, Any]] = []
+    for file in (str(file_of(model)), *files):
         outputs = predict(onnxcomp.load(file), samples, batch=_BATCH)
-        drifts = drift(expected, outputs).values()
-        found.append(
-            {
-                "top1": None if metric is None else metric.score(outputs, samples, expected),
-                "relative_l2": max(d.relative_l2 for d in drifts),
-            }
-        )
+        drifts = drift_of(expected, outputs).values()
+        row: dict[str, Any] = {"samples": samples.count, "top1": None, "agreement": None}
+        row |= {name: load_metric(name).score(outputs, samples, expected) for name in names}
+        row["relative_l2"] = max(d.relative_l2 for d in drifts)
+        if each:
+            row["right"] = _right(outputs, samples)
+        found.append(row)
     return found
+
+
+def _right(outputs: Mapping[str, Array], samples: onnxcomp.Samples) -> str:
+    """Return for every sample "1" where its largest score is that of its label, else "0"."""
+    metric = load_metric("top1")
+    return "".join(
+        str(int(metric.score({n: a[i : i + 1] for n, a in outputs.items()}, one, {})))
+        for i, one in ((i, samples.take([i])) for i in range(samples.count))
+    )
 
 
 def latency(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -11,13 +12,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 RESULTS = Path(__file__).parent / "results"
+DIGITS = "digits"
+"""The bundled model, which stands beside the shared ones."""
+TARGET = "x86-avx512"
 SCHEMA_VERSION = 1
 PACKAGES = (
     "onnxcomp",
@@ -28,6 +35,7 @@ PACKAGES = (
     "scipy",
     "onnxsim",
 )
+_RESAMPLES = 2000
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -47,8 +55,10 @@ class Options:
         quick: Tiny settings, to see that a benchmark works.
         seed: Seed of all draws.
         threads: Threads of the search; latency is always measured with one.
-        work: Folder for models that a benchmark makes.
+        work: Folder for models that a benchmark makes; one that is kept also holds the
+            answers of its children, which are then not asked again.
         out: Folder of the results.
+        target: Profile of the CPU, or the `target.json` of a calibrated one.
     """
 
     quick: bool
@@ -56,6 +66,7 @@ class Options:
     threads: int
     work: Path
     out: Path
+    target: str = TARGET
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,23 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Job:
+    """A call for a fresh process.
+
+    Attributes:
+        target: "module:function".
+        arguments: Plain JSON values, passed by keyword.
+        cores: Threads of linear algebra.
+        timeout_s: Seconds after which the process is ended; None for no limit.
+    """
+
+    target: str
+    arguments: Mapping[str, Any]
+    cores: int = 1
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True)
 class ChildRun:
     """What a call in a fresh process returned and took.
 
@@ -134,7 +162,9 @@ def shared_folder() -> Path:
 
 
 def model_path(name: str) -> Path:
-    """Return the file of a shared model."""
+    """Return the file of a shared model, or of the bundled one."""
+    if name == DIGITS:
+        return ROOT / "models" / "digits" / "digits.onnx"
     return shared_folder() / "models" / f"{name}.onnx"
 
 
@@ -144,32 +174,96 @@ def manifest() -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for entry in entries}
 
 
-def run_child(target: str, *, cores: int = 1, **arguments: Any) -> ChildRun:
+def run_child(
+    target: str, /, *, cores: int = 1, timeout_s: float | None = None, **arguments: Any
+) -> ChildRun:
     """Call a function in a fresh process, so that its memory is its own.
 
     Args:
         target: "module:function".
         cores: Threads of linear algebra in the child.
+        timeout_s: Seconds after which the process is ended; None for no limit.
         arguments: Plain JSON values, passed by keyword.
 
     Raises:
-        ChildError: The call raised, or the process died.
+        ChildError: The call raised, the process died, or its time was over.
     """
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         answer = Path(folder) / "answer.json"
-        ran = subprocess.run(
-            [sys.executable, "-m", "benchmarks.child", target, str(answer)],
-            input=json.dumps(arguments),
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(cores))},
-            check=False,
-        )
+        try:
+            ran = subprocess.run(
+                [sys.executable, "-m", "benchmarks.child", target, str(answer)],
+                input=json.dumps(arguments),
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                env={**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(cores))},
+                check=False,
+                timeout=timeout_s,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ChildError(f"{target}: ended after {error.timeout:.0f} s") from error
         if ran.returncode or not answer.exists():
             said = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
             raise ChildError(f"{target}: {said[-1]}")
         return ChildRun(**json.loads(answer.read_text()))
+
+
+def run_jobs(jobs: Sequence[Job], *, workers: int, kept: Path) -> list[ChildRun | ChildError]:
+    """Make calls in fresh processes, some of them side by side.
+
+    Args:
+        jobs: The calls.
+        workers: Processes at a time.
+        kept: Folder of answers: a call that has one there is not made again.
+
+    Returns:
+        For every job what it returned, or why it failed.
+    """
+    kept.mkdir(parents=True, exist_ok=True)
+
+    def run(job: Job) -> ChildRun | ChildError:
+        key = json.dumps([job.target, dict(job.arguments)], sort_keys=True)
+        answer = kept / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+        if answer.exists():
+            return ChildRun(**json.loads(answer.read_text()))
+        try:
+            found = run_child(
+                job.target, cores=job.cores, timeout_s=job.timeout_s, **job.arguments
+            )
+        except ChildError as error:
+            return error
+        answer.write_text(json.dumps(asdict(found)))
+        return found
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(run, jobs))
+
+
+def paired_interval(right: Sequence[str], original: str, *, seed: int = 0) -> dict[str, float]:
+    """Return the points lost against the original with a 95 % interval, paired by sample.
+
+    A percentile bootstrap draws the samples, the same for all runs, and the runs, both with
+    replacement: what it says holds for new samples and, as far as so few runs can tell, for
+    new runs.
+
+    Args:
+        right: For every run one character per sample: "1" where it was right, else "0".
+        original: The same for the original.
+        seed: Seed of the draws.
+
+    Returns:
+        `value`, the mean over samples and runs as a share, `low` and `high`.
+    """
+    before, *after = (np.frombuffer(run.encode(), np.uint8) for run in (original, *right))
+    lost = before.astype(np.float64) - np.stack(after)  # (runs, samples)
+    rng = np.random.default_rng(seed)
+    runs, count = lost.shape
+    samples = rng.multinomial(count, np.full(count, 1 / count), _RESAMPLES) / count
+    drawn = rng.multinomial(runs, np.full(runs, 1 / runs), _RESAMPLES) / runs
+    means = np.einsum("rs,rs->r", samples @ lost.T, drawn)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return {"value": float(lost.mean()), "low": float(low), "high": float(high)}
 
 
 def command(*arguments: str, cores: int = 1) -> tuple[int, float, str]:
@@ -260,6 +354,14 @@ def count(number: float | None) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number:.0f}"
+
+
+def points(lost: Mapping[str, float] | None) -> str:
+    """Return lost points of a metric with their interval; "-" for None."""
+    if lost is None:
+        return "-"
+    value, low, high = (100 * lost[key] for key in ("value", "low", "high"))
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def interval(ratio: Mapping[str, float] | None) -> str:

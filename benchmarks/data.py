@@ -1,4 +1,4 @@
-"""Samples for the shared models: some to fit on, and new ones that come from other files.
+"""Samples for the models at hand: some to fit on, and new ones that come from other files.
 
 Images are preprocessed as the manifest says. CIFAR-10 models are fitted on training images and
 judged on test images; pictures are split by file, speech by time. There are no data sets for
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks import pictures, sound
+from benchmarks.common import DIGITS, model_path
 from benchmarks.pictures import Views
 
 Array = npt.NDArray[Any]
@@ -27,6 +28,8 @@ Maker = Callable[[Part, int, np.random.Generator], Arrays]
 
 _MEAN = np.array((0.485, 0.456, 0.406))
 _STD = np.array((0.229, 0.224, 0.225))
+
+LABELS = "labels"
 
 NOTES: Mapping[str, str] = {
     "libonnx_mnist_8": "approximate: 8 x 8 digits of scikit-learn, enlarged",
@@ -41,32 +44,59 @@ NOTES: Mapping[str, str] = {
 }
 
 
-def samples(model: str, part: Part, *, seed: int = 0, limit: int | None = None) -> Arrays:
-    """Return samples of a shared model by input name, and "labels" where there are any.
+def samples(
+    model: str,
+    part: Part,
+    *,
+    seed: int = 0,
+    limit: int | None = None,
+    count: int | None = None,
+    labels: bool = False,
+) -> Arrays:
+    """Return samples of a model by input name, and "labels" where there are any.
 
     Args:
-        model: Its name in the manifest.
+        model: Its name in the manifest, or that of the bundled one.
         part: "fit", or "new": from files, or a stretch of speech, that "fit" never sees.
         seed: Seed of what is drawn.
         limit: At most so many samples.
+        count: So many samples instead of the usual number, or all that there are.
+        labels: Labels of the samples to fit on, too; those of new ones are always given.
     """
-    maker, fit, new = _MAKERS[model]
-    count = min({"fit": fit, "new": new}[part], limit or _WHOLE)
+    count = min(count or usual_count(model, part), limit or _WHOLE)
     rng = np.random.default_rng([seed, zlib.crc32(f"{model}:{part}".encode())])
-    return maker(part, count, rng)
+    found = _MAKERS[model][0](part, count, rng)
+    if part == "fit" and not labels:
+        return {name: array for name, array in found.items() if name != LABELS}
+    return found
+
+
+def write_part(
+    *,
+    model: str,
+    part: Part,
+    file: str,
+    seed: int = 0,
+    limit: int | None = None,
+    count: int | None = None,
+    labels: bool = False,
+) -> int:
+    """Write samples as `samples` makes them to an `.npz` file; return how many there are."""
+    found = samples(model, part, seed=seed, limit=limit, count=count, labels=labels)
+    np.savez(file, allow_pickle=False, **found)
+    return len(next(iter(found.values())))
 
 
 def write(
     *, model: str, folder: str, seed: int = 0, limit: int | None = None
 ) -> dict[str, int]:
     """Write `MODEL.fit.npz` and `MODEL.new.npz`; return how many samples each has."""
-    counts: dict[str, int] = {}
     parts: Sequence[Part] = ("fit", "new")
-    for part in parts:
-        found = samples(model, part, seed=seed, limit=limit)
-        np.savez(sample_file(folder, model, part), allow_pickle=False, **found)
-        counts[part] = len(next(iter(found.values())))
-    return counts
+    files = {part: str(sample_file(folder, model, part)) for part in parts}
+    return {
+        part: write_part(model=model, part=part, file=file, seed=seed, limit=limit)
+        for part, file in files.items()
+    }
 
 
 def sample_file(folder: str | Path, model: str, part: Part) -> Path:
@@ -74,8 +104,14 @@ def sample_file(folder: str | Path, model: str, part: Part) -> Path:
     return Path(folder) / f"{model}.{part}.npz"
 
 
+def usual_count(model: str, part: Part) -> int:
+    """Return how many samples `samples` gives where it is not told."""
+    _, fit, new = _MAKERS[model]
+    return {"fit": fit, "new": new}[part]
+
+
 def names() -> list[str]:
-    """Return the names of all models that there are samples for."""
+    """Return the names of all models that there are samples for, the bundled one included."""
     return sorted(_MAKERS)
 
 
@@ -90,16 +126,26 @@ def _cifar(
     if not raw:
         x = ((x / 255 - _MEAN) / _STD).astype(np.float32)
         x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-    return {name: x} | ({} if part == "fit" else {"labels": labels[chosen].astype(np.int64)})
+    return {name: x, LABELS: labels[chosen].astype(np.int64)}
 
 
 def _digits(part: Part, count: int, rng: np.random.Generator) -> Arrays:
+    """Digits of scikit-learn, every second one to fit."""
     from sklearn.datasets import load_digits
 
     half = slice(0, None, 2) if part == "fit" else slice(1, None, 2)
-    small = load_digits().images[half]
-    chosen = small[rng.permutation(len(small))[:count]]
-    return {"Input3": pictures.enlarged_digits(chosen)}
+    digits = load_digits()
+    small, labels = digits.images[half], digits.target[half]
+    chosen = rng.permutation(len(small))[:count]
+    return {"Input3": pictures.enlarged_digits(small[chosen]), LABELS: labels[chosen]}
+
+
+def _bundled(part: Part, count: int, rng: np.random.Generator) -> Arrays:
+    """Training and test samples that lie beside the bundled model."""
+    file = {"fit": "samples.npz", "new": "test.npz"}[part]
+    with np.load(model_path(DIGITS).with_name(file)) as found:
+        chosen = np.sort(rng.permutation(len(found[LABELS]))[:count])
+        return {name: array[chosen] for name, array in found.items()}
 
 
 _COCO = ("coco",)
@@ -107,6 +153,7 @@ _FACES = ("faces", "coco")
 _WHOLE = 10**9
 
 _MAKERS: Mapping[str, tuple[Maker, int, int]] = {
+    DIGITS: (_bundled, 512, 1000),
     "akamaster_cifar10_resnet20": (partial(_cifar, name="input"), 512, 5000),
     "akamaster_cifar10_resnet56": (partial(_cifar, name="input"), 512, 5000),
     "mlperftiny_cifar10_resnet8": (partial(_cifar, name="input", raw=True), 512, 5000),

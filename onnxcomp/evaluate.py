@@ -50,10 +50,12 @@ def predict(
         DataError: The samples do not fit the inputs.
     """
     sessions = [Session(model, optimize=optimize, threads=threads)]
-    return _join([run[0] for run in _stream(sessions, model.signature.inputs, samples, batch)])
+    return join_outputs(
+        [run[0] for run in paired_outputs(sessions, model.signature.inputs, samples, batch)]
+    )
 
 
-def _stream(
+def paired_outputs(
     sessions: Sequence[Session], inputs: Sequence[InputSpec], samples: Samples, batch: int
 ) -> Iterator[tuple[dict[str, Array], ...]]:
     """Yield the outputs of all sessions on the same feeds, sample axis first."""
@@ -108,7 +110,12 @@ def _samples_first(outputs: Mapping[str, Array], part: Batch) -> dict[str, Array
     return {n: part.trim(a) if a.shape[:1] == rows else a[None] for n, a in outputs.items()}
 
 
-def _join(runs: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+def join_outputs(runs: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Return the outputs of all samples, from those of every run, samples first.
+
+    Raises:
+        UnsupportedModelError: The shape of an output depends on the data.
+    """
     joined = {}
     for name in runs[0]:
         column = [run[name] for run in runs]
@@ -176,7 +183,7 @@ def compare_sessions(
 ) -> Evaluation:
     """Do what `evaluate` does, on sessions that are open: the reference, the candidate."""
     meter, runs = DriftMeter(), []
-    for run in _stream(sessions, inputs, samples, batch):
+    for run in paired_outputs(sessions, inputs, samples, batch):
         meter.update(*run)
         if metric is not None:
             runs.append(run)
@@ -185,7 +192,7 @@ def compare_sessions(
     count, origin = samples.count, samples.origin
     if metric is None:
         return Evaluation(found, worst, None, None, None, None, count, origin)
-    original, changed = (_join(column) for column in zip(*runs, strict=True))
+    original, changed = (join_outputs(column) for column in zip(*runs, strict=True))
     before = metric.score(original, samples, original)
     after = metric.score(changed, samples, original)
     drop = before - after

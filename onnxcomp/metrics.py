@@ -27,11 +27,13 @@ class Metric:
         name: Its name in reports.
         function: (outputs, labels, inputs) -> float; outputs as `predict` returns them.
         against_original: The labels are the original's largest scores, not the user's.
+        classes: It counts right classes, so that its points are shares of the samples.
     """
 
     name: str
     function: Callable[[Mapping[str, Array], Array | None, Mapping[str, Array]], float]
     against_original: bool = False
+    classes: bool = False
 
     def score(
         self, outputs: Mapping[str, Array], samples: Samples, original: Mapping[str, Array]
@@ -67,9 +69,9 @@ def load_metric(spec: str) -> Metric:
     """
     name, _, rest = spec.partition(":")
     if spec == "top1":
-        return Metric("top1", _top1)
+        return Metric("top1", _top1, classes=True)
     if spec == "agreement":
-        return Metric("agreement", _top1, against_original=True)
+        return Metric("agreement", _top1, against_original=True, classes=True)
     if name == "psnr":
         return _psnr(spec, rest or "1")
     if not name or not rest:

@@ -249,7 +249,7 @@ class Model:
         for name in sorted(self.weights):
             array = self.weights[name]
             state.update(f"{name}{array.dtype}{array.shape}".encode())
-            state.update(np.ascontiguousarray(array).data)
+            state.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return state.hexdigest()
 
     @cached_property

@@ -35,6 +35,7 @@ _UNITS = {
     **{prefix + "b": 1000.0**power for power, prefix in enumerate("kmgt", start=1)},
     **{prefix + "ib": 1024.0**power for power, prefix in enumerate("kmgt", start=1)},
 }
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _QUANTITY = re.compile(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z%]*)")
 
 
@@ -57,6 +58,42 @@ def parse_quantity(text: str) -> float:
         f"'{text}' is no positive number with one of the units % (at most 100 %), k, M, G, "
         "B, kB, MB, GB, KiB, MiB, GiB"
     )
+
+
+def parse_duration(text: str) -> float:
+    """Return a time with its unit in seconds: "90s", "10m", "1h", "4ms", "800us".
+
+    Raises:
+        ParameterError: It is no positive number with one of these units.
+    """
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is not None and match[2].lower() in _SECONDS:
+        with suppress(ValueError):
+            value = float(match[1]) * _SECONDS[match[2].lower()]
+            if 0 < value < math.inf:
+                return value
+    units = ", ".join(_SECONDS)
+    raise ParameterError(f"'{text}' is no positive number with one of the units {units}")
+
+
+def parse_latency(text: str) -> float:
+    """Return a share of the original's time ("0.6", "60%"), or microseconds ("4ms").
+
+    Raises:
+        ParameterError: It is neither.
+    """
+    with suppress(ParameterError):
+        return 1e6 * parse_duration(text)
+    try:
+        value = parse_quantity(text)
+    except ParameterError:
+        value = math.inf
+    if value > 1:
+        raise ParameterError(
+            f"'{text}' is neither a share of the original's time (0.6, 60%) nor a time with "
+            f"one of the units {', '.join(_SECONDS)}"
+        )
+    return value
 
 
 @dataclass(frozen=True)

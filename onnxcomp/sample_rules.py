@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from onnxcomp.errors import DataError, UnsupportedModelError
 
 Array = NDArray[Any]
+_CHANNELS = (1, 3, 4)
+_MIN_SIDE = 16
 
 
 class InputSpec(Protocol):
@@ -131,6 +133,21 @@ def _cast(value: InputSpec, array: Array) -> Array:
             "and not all values are exact in it; convert them first"
         )
     return cast
+
+
+def channel_axis(sample: Sequence[int]) -> int | None:
+    """Return the channel axis, -3 or -1, of a sample that looks like a picture, else None.
+
+    Pictures have 1, 3 or 4 channels, first or last, and at least 16 pixels along both sides.
+
+    Args:
+        sample: shape of a sample, without its batch axis.
+    """
+    if len(sample) == 3:
+        for axis, sides in ((-3, sample[1:]), (-1, sample[:2])):
+            if sample[axis] in _CHANNELS and min(sides) >= _MIN_SIDE:
+                return axis
+    return None
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from onnxcomp.errors import DataError, ParameterError
+from onnxcomp.numerics.noise import as_pixels, pink_noise
 from onnxcomp.sample_files import (
     IMAGE_SUFFIXES,
     Preprocess,
@@ -30,6 +31,7 @@ from onnxcomp.sample_files import (
 from onnxcomp.sample_rules import (
     InputSpec,
     batch_size,
+    channel_axis,
     check_names,
     dims,
     fitted,
@@ -126,10 +128,15 @@ class Samples:
     ) -> tuple["Samples", "Samples"]:
         """Split at random, reproducibly, into (fit, hold-out), each in the original order.
 
+        Small sets mostly fit: where the share is less than `minimum`, up to a third is held
+        out. Not half, for the fit is what compresses; not just the share, for light copies
+        make up for samples that the fit lacks and nothing does for those that judge it. With
+        the defaults 16 samples split into 11 and 5, 64 into 43 and 21, 256 into 192 and 64.
+
         Args:
             seed: seed of the draw.
             holdout: share of the samples to hold out, in (0, 0.5].
-            minimum: hold out at least so many, but never more than half.
+            minimum: hold out at least so many, as long as they are no more than a third.
 
         Raises:
             DataError: there are fewer than two samples.
@@ -140,7 +147,8 @@ class Samples:
             raise DataError(
                 "one sample cannot be split into fit and hold-out; give at least 2"
             )
-        held = min(max(round(self.count * holdout), minimum, 1), self.count // 2)
+        wanted = max(round(self.count * holdout), min(minimum, self.count // 3), 1)
+        held = min(wanted, self.count // 2)
         order = np.random.default_rng(seed).permutation(self.count)
         return self.take(np.sort(order[held:])), self.take(np.sort(order[:held]))
 
@@ -307,19 +315,23 @@ def random_samples(
     count: int,
     seed: int,
     shapes: Mapping[str, tuple[int, ...]],
+    ranges: Mapping[str, tuple[float, float]] | None = None,
 ) -> Samples:
     """Make samples where the user has none; they say little about the network's real accuracy.
 
     Float inputs of rank 4 get images whose amplitude falls as 1/f, as in natural images, each
     channel of zero mean and unit variance (NHWC is assumed where the last axis has at most 4
-    entries and the second more); other floats get white noise. Integer arrays are 0, an index
-    that every table has; integer scalars, which mostly are counts, are 1. Booleans are False.
+    entries and the second more); other floats get white noise. The channels of what looks like
+    pictures (`channel_axis`) are correlated, and their values lie within a range where one is
+    known; that of bytes is 0 to 255. Other integer arrays are 0, an index that every table
+    has; integer scalars, which mostly are counts, are 1. Booleans are False.
 
     Args:
         inputs: the model's declared inputs.
         count: number of samples, >= 1.
         seed: seed of the draw.
         shapes: input name -> full shape, batch axis included, needed for open dimensions.
+        ranges: input name -> lowest and highest value of its pictures, where known.
 
     Raises:
         DataError: a dimension behind the batch axis is open, or a shape does not fit.
@@ -337,33 +349,28 @@ def random_samples(
                 f"input '{value.name}' is declared as {show(dims(value))}; name the sizes of "
                 f"all its {len(dims(value))} axes; got {show(shape)}"
             )
-        rng = np.random.default_rng([seed, position])
-        if not is_float(value.dtype):
-            fill = 1 if value.dtype.kind in "iu" and not shape else 0
-            arrays[value.name] = np.full((count, *sizes), fill, value.dtype)
-            continue
-        arrays[value.name] = np.empty((count, *sizes), value.dtype)
-        for index in range(count):
-            noise = rng.standard_normal(sizes)
-            if len(shape) == 4:
-                spatial = (-3, -2) if sizes[-1] <= 4 < sizes[-3] else (-2, -1)
-                noise = _like_an_image(noise, spatial)
-            arrays[value.name][index] = noise
+        array = arrays[value.name] = np.zeros((count, *sizes), value.dtype)
+        bytes_ = value.dtype == np.uint8
+        channels = channel_axis(sizes[-3:]) if len(shape) == 4 else None
+        span = (0.0, 255.0) if bytes_ else (ranges or {}).get(value.name)
+        if is_float(value.dtype) or (bytes_ and channels is not None):
+            rng = np.random.default_rng([seed, position])
+            for index in range(count):
+                noise = _noise(rng, sizes, len(shape), channels)
+                array[index] = as_pixels(noise, *span) if span and channels else noise
+        elif value.dtype.kind in "iu" and not shape:
+            array[...] = 1
     return replace(as_samples(arrays, inputs), origin="random")
 
 
-def _like_an_image(noise: NDArray[np.float64], axes: tuple[int, int]) -> NDArray[np.float64]:
-    """Give white noise a spectrum of amplitude 1/f, zero mean and unit variance on `axes`."""
-    height, width = noise.shape[axes[0]], noise.shape[axes[1]]
-    if height * width == 1:
-        return noise
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
-    frequency[0, 0] = np.inf  # no constant part: the mean is zero
-    if axes == (-3, -2):
-        frequency = frequency[:, :, None]
-    spectrum = np.fft.rfft2(noise, axes=axes) / frequency
-    image = np.fft.irfft2(spectrum, s=(height, width), axes=axes)
-    return np.asarray(image / image.std(axis=axes, keepdims=True))
+def _noise(
+    rng: np.random.Generator, sizes: tuple[int, ...], rank: int, channels: int | None
+) -> NDArray[np.float64]:
+    """Draw one sample, an image where the input has rank 4."""
+    if rank != 4:
+        return rng.standard_normal(sizes)
+    last = sizes[-1] <= 4 < sizes[-3] if channels is None else channels == -1
+    return pink_noise(rng, sizes, (-3, -2) if last else (-2, -1), channels)
 
 
 def _read_only(array: Array) -> Array:

@@ -312,7 +312,7 @@ def test_internal_errors_are_one_line_with_a_hint(monkeypatch):
     def fail(path):
         raise RuntimeError("out of cheese\nredo from start")
 
-    monkeypatch.setattr(cli, "read_model", fail)
+    monkeypatch.setattr(cli.inspect, "read_model", fail)
     result = call("inspect", DIGITS, code=1)
     assert result.stderr.startswith("internal error: RuntimeError: out of cheese\\nredo")
     assert "--traceback" in result.stderr

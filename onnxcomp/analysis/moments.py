@@ -1,13 +1,13 @@
 """Second moments of a linear node's input patches and targets, from sampled positions.
 
-About 40 rows per input of the map, at least 20,000, are drawn uniformly over samples and
+About 80 rows per input of the map, at least 40,000, are drawn uniformly over samples and
 positions; a map of more inputs than rows (the first fully connected layer of a VGG) keeps the
 rows instead of their Gram matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,8 @@ from onnxcomp.analysis.linear import Linear
 from onnxcomp.model import Array
 from onnxcomp.numerics.moments import Moments, MomentsBuilder, RowMoments
 
-_ROWS_PER_INPUT = 40
-_MIN_ROWS = 20_000
+_ROWS_PER_INPUT = 80
+_MIN_ROWS = 40_000
 _MAX_DENSE = 8_192
 _MAX_KEPT_ROWS = 8_192
 Index = npt.NDArray[np.int64]
@@ -32,6 +32,7 @@ def collect_moments(
     *,
     inputs: Index | None = None,
     outputs: Index | None = None,
+    revise: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[SecondMoments, ...]:
     """Return the moments of a linear node, one entry per group.
 
@@ -42,6 +43,8 @@ def collect_moments(
         rng: Draws the positions.
         inputs: Channels of x to use, sorted; all if None.
         outputs: Channels of y to use, sorted; all if None.
+        revise: Makes the targets of patches (n, channels of x, kernel positions) out of the
+            rows (n, channels of y) sampled from `ys`; by default they are the targets.
 
     Returns:
         Moments over (input channel, kernel position) in this order, or rows.
@@ -56,6 +59,8 @@ def collect_moments(
     for index, (x, y) in enumerate(zip(xs, ys, strict=True)):
         share = rows * (index + 1) // len(xs) - rows * index // len(xs)
         patches, targets = linear.patches(x, y, share, rng)
+        if revise is not None:
+            targets = revise(patches, targets)
         for builder, (c, m) in zip(builders, groups, strict=True):
             block = patches[:, c] if len(c) < patches.shape[1] else patches
             builder.add(block.reshape(len(patches), -1), targets[:, m])

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TypeGuard
 
+import numpy as np
+
+from onnxcomp.analysis.constants import Constants
 from onnxcomp.errors import ExecutionError, UnsupportedModelError
 from onnxcomp.model import Array, Model, Value
 from onnxcomp.runtime import capture_tensors
@@ -12,6 +15,8 @@ from onnxcomp.samples import Samples, random_samples
 
 # Sizes tried for symbolic axes behind the batch, most usual first.
 _SIZES = (224, 320, 64, 256, 128, 32, 640, 512, 96, 16, 1, 576)
+_ARITHMETIC = ("Add", "Sub", "Mul", "Div")
+_LAYOUT = ("Cast", "Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze")
 
 
 def probe_feeds(
@@ -34,6 +39,8 @@ def probe_feeds(
 def random_inputs(model: Model, count: int, *, seed: int = 0) -> Samples:
     """Return random samples on which the model runs, with its symbolic axes filled in.
 
+    Pictures lie in the range that a normalisation at the model's beginning tells.
+
     Raises:
         UnsupportedModelError: No random input of a usual size runs; give samples.
     """
@@ -46,7 +53,7 @@ def random_inputs(model: Model, count: int, *, seed: int = 0) -> Samples:
         except ExecutionError as error:
             reason = str(error)
             continue
-        return random_samples(inputs, count, seed, shapes)
+        return random_samples(inputs, count, seed, shapes, pixel_ranges(model))
     raise UnsupportedModelError(
         f"the model does not run on random inputs ({reason}); give samples with --data"
     )
@@ -68,6 +75,47 @@ def usual_shapes(inputs: tuple[Value, ...]) -> Iterator[dict[str, tuple[int, ...
             )
             for name, dims in declared.items()
         }
+
+
+def pixel_ranges(model: Model) -> dict[str, tuple[float, float]]:
+    """Return the range of pixel values, by input, that the first nodes of a model expect.
+
+    They tell it where they normalise by constants, as (x - centre) / unit: pixels of 0 to 255
+    become small by a unit such as 255, or lose a centre such as 104 to 128; pixels of 0 to 1
+    lose one such as 0.45 or 0.5.  Constants per channel count with their mean.
+    """
+    constants = Constants(model)
+    found = {}
+    for value in model.signature.inputs:
+        centre, unit = _normalisation(model, constants, value.name)
+        if 90 <= centre <= 140 or (unit >= 30 and 0 <= centre < 90):
+            found[value.name] = (0.0, 255.0)
+        elif 0.1 <= centre <= 0.6 and unit <= 1:
+            found[value.name] = (0.0, 1.0)
+    return found
+
+
+def _normalisation(model: Model, constants: Constants, name: str) -> tuple[float, float]:
+    """Return the value that becomes 0 and the step that becomes 1; 0 and 1 if none does."""
+    scale, shift = 1.0, 0.0
+    while len(uses := model.readers.get(name, ())) == 1:
+        node, place = uses[0].node, uses[0].index
+        if node.op in _ARITHMETIC:
+            origin = constants.origin(node.input(1 - place))
+            if origin is None or (node.op == "Div" and place == 1):
+                break
+            number = float(np.mean(constants.array(origin), dtype=np.float64))
+            if node.op in ("Mul", "Div"):
+                factor = number if node.op == "Mul" else 1 / number if number else 0.0
+                scale, shift = scale * factor, shift * factor
+            elif node.op == "Sub" and place == 1:
+                scale, shift = -scale, number - shift
+            else:
+                shift += number if node.op == "Add" else -number
+        elif node.op not in _LAYOUT or place != 0:
+            break
+        name = node.id
+    return (-shift / scale, 1 / abs(scale)) if scale else (0.0, 1.0)
 
 
 def _known(dim: int | str | None) -> TypeGuard[int]:

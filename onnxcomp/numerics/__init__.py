@@ -1,7 +1,9 @@
 """Arrays in, arrays out: the mathematics of compression, without any graph.
 
 least_squares   damped solves and the exact least squares of a factor given the others
+interpolation   few measurements of what grows with a known quantity
 moments         second moments of one linear map, and the refits they answer
+noise           1/f noise, as images without content
 svd             low-rank forms of one kernel in the metric of its inputs
 selection       which input channels can go, and what is lost
 knapsack        one option for every unit under limits, exactly

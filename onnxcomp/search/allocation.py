@@ -30,7 +30,7 @@ from onnxcomp.search.space import Plan, Space, header_bytes
 _ROUNDS = 3  # times the budget is corrected for nodes that more than two groups touch
 _GAP = 5e-3  # of the optimum; losses are measured to a few per cent
 _LOSS, _SECONDS = 0, 1  # columns of a programme's measures; MACs, parameters, bytes follow
-NAMES = ("loss", "MACs", "parameters", "file bytes")
+NAMES = ("loss", "predicted time", "MACs", "parameters", "file bytes")
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,7 @@ class _Rows:
 
     def table(self, goal: _Goal) -> Table:
         """Return the table that minimises the goal's column."""
-        costs = self.measures[:, [_LOSS, 2, 3, 4]]
-        return Table(self.scope, self.states, self.measures[:, goal.column], costs)
+        return Table(self.scope, self.states, self.measures[:, goal.column], self.measures)
 
 
 class Allocator:
@@ -91,50 +90,69 @@ class Allocator:
         self._patience = patience
         self._names = [n for n in space.widths if losses.widths.get(n)]
 
-    def choose(self, limits: Limits, *, rough: bool = False) -> Plan:
-        """Return the best plan within absolute limits.
+    def choose(self, limits: Limits, *, seconds: float = np.inf, rough: bool = False) -> Plan:
+        """Return the plan of least loss within absolute limits, or one little worse.
 
         Groups with one reader decouple the nodes and are solved first.  The loss found bounds
         the next programme, in which shared groups (residual trunks) take part with those of
         their widths that do not lose more by themselves.
 
         Args:
-            limits: Absolute limits.
+            limits: Absolute limits on costs.
+            seconds: Limit on the predicted time; without it, patience may prefer speed.
             rough: Leave it at the first programme where that has a solution.
 
         Raises:
             LimitError: No plan is within them; names the smallest that is.
         """
+        bound = np.array([seconds, *limits.row])
         nothing = self._plan({}, {}, 0.0)
-        if (self._measure(nothing) <= limits.row).all():
+        if (self._measure(nothing) <= bound).all():
             return nothing
         lone = [n for n in self._names if len(self._space.groups[n].readers) == 1]
-        names, best = lone, self._attempt(limits, lone, _Goal())
+        names, best = lone, self._attempt(bound, lone, _Goal())
         if best is not None and rough:
             return best
-        bound = np.inf if best is None else best.loss
-        every = [
-            name
-            for name in self._names
-            if name in lone or min(self._losses.widths[name].values()) < bound
-        ]
+        every = self._promising(np.inf if best is None else best.loss)
         if len(every) > len(lone) or best is None:
-            found = self._approach(limits, every, _Goal(loss=bound), best)
+            goal = _Goal(loss=np.inf if best is None else best.loss)
+            found = self._approach(bound, every, goal, best)
             if best is None or found.loss < best.loss:
                 names, best = every, found
-        if self._patience > 1.0:
+        if self._patience > 1.0 and np.isinf(seconds):
             goal = _Goal(_SECONDS, best.loss * self._patience)
-            best = self._approach(limits, names, goal, best)
+            best = self._approach(bound, names, goal, best)
         return best
 
-    def _attempt(self, limits: Limits, names: Sequence[str], goal: _Goal) -> Plan | None:
+    def fastest(self, loss: float, limits: Limits) -> Plan:
+        """Return the plan of least predicted time within absolute limits and a loss.
+
+        Raises:
+            LimitError: No plan is within them.
+        """
+        bound = np.array([np.inf, *limits.row])
+        nothing = self._plan({}, {}, 0.0)
+        fits = (self._measure(nothing) <= bound).all()
+        goal = _Goal(_SECONDS, loss)
+        return self._approach(bound, self._promising(loss), goal, nothing if fits else None)
+
+    def _promising(self, loss: float) -> list[str]:
+        """Return the groups with a single reader, and those that alone lose less."""
+        return [
+            name
+            for name in self._names
+            if len(self._space.groups[name].readers) == 1
+            or min(self._losses.widths[name].values()) < loss
+        ]
+
+    def _attempt(self, bound: Row, names: Sequence[str], goal: _Goal) -> Plan | None:
         try:
-            return self._approach(limits, names, goal, None)
+            return self._approach(bound, names, goal, None)
         except LimitError:
             return None
 
     def _approach(
-        self, limits: Limits, names: Sequence[str], goal: _Goal, best: Plan | None
+        self, bound: Row, names: Sequence[str], goal: _Goal, best: Plan | None
     ) -> Plan:
         """Solve until the exact cost of the plan is within the limits, too.
 
@@ -142,7 +160,7 @@ class Allocator:
         assumed at their widths of the round before.
 
         Args:
-            limits: Absolute limits.
+            bound: Limits on predicted seconds, MACs, parameters and bytes.
             names: Groups that may change.
             goal: What to minimise.
             best: A plan within the limits to improve on.
@@ -150,9 +168,8 @@ class Allocator:
         Raises:
             LimitError: There is no plan, and `best` is None.
         """
-        bound = limits.row
         assumed: dict[str, int] = {}
-        slack = np.zeros(3)
+        slack = np.zeros(len(bound))
         for _ in range(_ROUNDS):
             try:
                 plan, estimate = self._solve(bound + slack, names, assumed, goal)
@@ -171,22 +188,22 @@ class Allocator:
             raise LimitError("no plan within the limits was found; relax them a little")
         return best
 
-    def smallest(self, limits: Limits) -> Plan:
+    def smallest(self, limits: Limits, *, seconds: float = np.inf) -> Plan:
         """Return the plan nearest to absolute limits that cannot be met.
 
         The limits are raised together, by a common factor, until a plan is within them.
         """
         best = self._plan({}, {}, 0.0)
-        bound, whole = limits.row, self._measure(best)
+        bound, whole = np.array([seconds, *limits.row]), self._measure(best)
         low, high = 0.0, 1.0  # share of the way from the limits to the original
         for _ in range(6):
             share = (low + high) / 2
-            raised = [
+            first, *rest = (
                 limit + share * (size - limit) if np.isfinite(limit) else None
                 for limit, size in zip(bound.tolist(), whole.tolist(), strict=True)
-            ]
+            )
             try:
-                best = self.choose(Limits(*raised))
+                best = self.choose(Limits(*rest), seconds=np.inf if first is None else first)
                 high = share
             except LimitError:
                 low = share
@@ -201,8 +218,10 @@ class Allocator:
         )
 
     def _measure(self, plan: Plan) -> Row:
+        """Return predicted seconds, MACs, parameters and bytes."""
         size = self._space.file_bytes(plan.cost, plan.forms)
-        return np.array([plan.cost.macs, plan.cost.params, size], np.float64)
+        row = [plan.seconds, plan.cost.macs, plan.cost.params, size]
+        return np.array(row, np.float64)
 
     def _solve(
         self, bound: Row, names: Sequence[str], assumed: Mapping[str, int], goal: _Goal
@@ -250,10 +269,10 @@ class Allocator:
         whole = self._measure(self._plan({}, {}, 0.0))
         for linear in self._space.facts.linears.values():
             own = self._space.steps(linear, None, linear.in_channels, linear.out_channels)
-            whole -= self._step_costs(linear, own)
+            whole -= (self._space.target.chain_seconds(own), *self._step_costs(linear, own))
         for name, domain in domains.items():
-            whole -= self._group_rows(name, domain, index[name]).measures[-1, 2:]
-        return _Rows((), np.zeros((1, 0), np.int64), np.array([[0.0, 0.0, *whole]]), [None])
+            whole -= self._group_rows(name, domain, index[name]).measures[-1, 1:]
+        return _Rows((), np.zeros((1, 0), np.int64), np.array([[0.0, *whole]]), [None])
 
     def _still_fits(self, option: Option, widths: Mapping[str, int]) -> bool:
         """Whether a rank is possible where a third group took another width than assumed."""

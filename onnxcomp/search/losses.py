@@ -12,35 +12,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxcomp.analysis.linear import Linear
-from onnxcomp.analysis.moments import (
-    SecondMoments,
-    collect_moments,
-    grouped,
-    identity_moments,
-)
-from onnxcomp.analysis.stream import Feeds, Stream
+from onnxcomp.analysis.moments import SecondMoments, collect_moments, identity_moments
+from onnxcomp.analysis.stream import Feeds
 from onnxcomp.errors import DataError
-from onnxcomp.model import Array, Value, extract
+from onnxcomp.model import Array, Model, Value, extract
+from onnxcomp.numerics.interpolation import interpolated
 from onnxcomp.numerics.moments import Moments
 from onnxcomp.numerics.selection import Elimination, Reader, eliminate
 from onnxcomp.numerics.svd import FORMS
 from onnxcomp.passes.base import Option, Refusal
 from onnxcomp.passes.factorize import Factorize, kernel_shape4
 from onnxcomp.runtime import Session
-from onnxcomp.search.outputs import OutputError, raw_outputs
+from onnxcomp.search.deadline import Deadline
+from onnxcomp.search.outputs import OutputMeter, raw_outputs
+from onnxcomp.search.refits import like_bias, solve_dense, without_inputs
 from onnxcomp.search.space import Space
+from onnxcomp.search.store import Store
+from onnxcomp.search.twins import Twins
 
 _MEASURED = 4  # options measured per node or group; the others are interpolated
 _HOPELESS = 0.5  # share of the output's variance; options with a larger error are left out
 Index = npt.NDArray[np.int64]
 Progress = Callable[[str, float], None]
-T = TypeVar("T")
+# By group: the moments of its readers so far, and the readers to come.
+_Waiting = dict[str, tuple[dict[str, tuple[SecondMoments, ...]], set[str]]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,18 @@ class Losses:
     forms: Mapping[Option, float]
     widths: Mapping[str, Mapping[int, float]]
     orders: Mapping[str, Elimination]
-    refusals: tuple[Refusal, ...]
+    refusals: tuple[Refusal, ...] = ()
+
+    def updated(self, newer: Losses) -> Losses:
+        """Return these losses with those of the nodes and groups that were measured again."""
+        again = {option.target for option in newer.forms}
+        kept = {o: lost for o, lost in self.forms.items() if o.target not in again}
+        return Losses(
+            {**kept, **newer.forms},
+            {**self.widths, **newer.widths},
+            {**self.orders, **newer.orders},
+            self.refusals,
+        )
 
 
 class LossMeter:
@@ -71,6 +83,8 @@ class LossMeter:
         threads: Threads of every session.
         progress: Called with a label and the share done.
         data_aware: Solve in the metric of the samples, or from the weights alone.
+        store: Where what was measured is kept.
+        deadline: When it passes, nodes that were not visited are left alone.
     """
 
     def __init__(
@@ -83,6 +97,8 @@ class LossMeter:
         threads: int,
         progress: Progress,
         data_aware: bool = True,
+        store: Store | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
         self._space = space
         self._facts = space.facts
@@ -93,59 +109,120 @@ class LossMeter:
         self._threads = threads
         self._progress = progress
         self._data_aware = data_aware
+        self._store = store or Store(None)
+        self._deadline = deadline or Deadline(None)
         self._outputs = raw_outputs(self._model, space.facts.tensors)
+        self._reset()
+
+    def _reset(self) -> None:
         self._forms: dict[Option, float] = {}
         self._widths: dict[str, dict[int, float]] = {}
         self._orders: dict[str, Elimination] = {}
         self._refusals: dict[str, str] = {}
 
-    def run(self) -> Losses:
-        """Visit all linear nodes in order and return what was measured."""
-        stream = Stream(
-            self._model,
+    def run(
+        self, weights: Mapping[str, Array] | None = None, only: Sequence[str] | None = None
+    ) -> Losses:
+        """Visit all linear nodes in order and return what was measured.
+
+        Args:
+            weights: Dense weights of a compressed network: each option is measured with all
+                the others of that network in place.
+            only: Nodes and groups to measure; all if None.
+        """
+        self._reset()
+        self._current = weights or {}
+        leading = self._batches[: self._measured]
+        tensors = self._facts.tensors
+        self._error = OutputMeter(self._model, tensors, leading, threads=self._threads).error
+        names = None if only is None else set(only)
+        twins = Twins(
+            self._facts,
             self._batches,
-            self._facts.tensors,
+            weights=weights,
             keep=self._outputs,
             threads=self._threads,
         )
-        session = Session(extract(self._model, (), self._outputs), threads=self._threads)
-        reference = [
-            session.run({n: feed[n] for n in session.input_names})
-            for feed in self._batches[: self._measured]
-        ]
-        self._error = OutputError(reference)
-        waiting = self._waiting()
+        waiting = self._waiting(names)
         linears = list(self._facts.linears.values())
         for position, linear in enumerate(linears):
             self._progress(linear.id, position / len(linears))
             groups = [name for name, pending in waiting.items() if linear.id in pending[1]]
-            if linear.id not in self._space.forms and not groups:
-                continue
-            stream.advance([linear.x])
-            try:
-                metrics = self._moments(stream, linear, position)
-            except DataError as error:  # such as a mask of -inf in front of the node
-                for name in (linear.id, *groups):
-                    self._refusals[name] = f"nothing can be fitted at '{linear.id}': {error}"
-                    waiting.pop(name, None)
-                continue
-            if linear.id in self._space.forms:
-                self._measure_forms(stream, linear, metrics[0])
-            for name in groups:
-                seen, missing = waiting[name]
-                seen[linear.id] = metrics
-                missing.discard(linear.id)
-                if not missing:
-                    self._measure_group(stream, name, seen)
-                    del waiting[name]
+            forms = linear.id in self._space.forms and (names is None or linear.id in names)
+            forms = forms and not self._recall("forms", linear.id)
+            if forms or groups:
+                self._visit(twins, linear, position, forms, groups, waiting)
         for name in waiting:
             self._refusals[name] = "no linear node reads its channels"
         refusals = tuple(Refusal(where, why) for where, why in self._refusals.items())
         return Losses(self._forms, self._widths, self._orders, refusals)
 
-    def _waiting(self) -> dict[str, tuple[dict[str, tuple[SecondMoments, ...]], set[str]]]:
+    def _visit(
+        self,
+        twins: Twins,
+        linear: Linear,
+        position: int,
+        forms: bool,
+        groups: Sequence[str],
+        waiting: _Waiting,
+    ) -> None:
+        """Measure a node, and the groups of which it is the last reader."""
+
+        def refuse(reason: str) -> None:
+            for name in (linear.id, *groups):
+                self._refusals[name] = reason
+                waiting.pop(name, None)
+
+        if self._deadline.passed:
+            return refuse("the time limit was reached before it was measured")
+        twins.advance(linear)
+        try:
+            metrics = self._moments(twins, linear, position)
+        except DataError as error:  # such as a mask of -inf in front of the node
+            return refuse(f"nothing can be fitted at '{linear.id}': {error}")
+        if forms:
+            self._measure_forms(twins, linear, metrics[0])
+            self._remember("forms", linear.id)
+        for name in groups:
+            seen, missing = waiting[name]
+            seen[linear.id] = metrics
+            missing.discard(linear.id)
+            if not missing:
+                self._measure_group(twins, name, seen)
+                self._remember("widths", name)
+                del waiting[name]
+        return None
+
+    def _remember(self, kind: str, name: str) -> None:
+        """Keep what was measured of a node or group."""
+        entry: dict[str, Any] = {"refusal": self._refusals.get(name, "")}
+        if kind == "forms":
+            mine = [(o, lost) for o, lost in self._forms.items() if o.target == name]
+            entry["forms"] = [(o.form, list(o.size), lost) for o, lost in mine]
+        elif name in self._orders:
+            order = self._orders[name]
+            entry["order"], entry["errors"] = order.order, order.losses
+            entry["widths"] = list(self._widths[name].items())
+        self._store.put(kind, name, entry)
+
+    def _recall(self, kind: str, name: str) -> bool:
+        """Take over what an earlier run measured of a node or group, if it did."""
+        entry = self._store.get(kind, name)
+        if entry is None:
+            return False
+        if entry["refusal"]:
+            self._refusals[name] = entry["refusal"]
+        for form, size, lost in entry.get("forms", ()):
+            self._forms[Option(Factorize.name, name, form, tuple(size))] = lost
+        if "order" in entry:
+            self._orders[name] = Elimination(entry["order"], entry["errors"])
+            self._widths[name] = dict(entry["widths"])
+        return True
+
+    def _waiting(self, names: set[str] | None) -> _Waiting:
         """Return for every group the readers' moments, none yet, and the readers to come."""
         linears = self._facts.linears
+        wanted = [n for n in self._space.widths if names is None or n in names]
         return {
             name: (
                 {},
@@ -155,27 +232,22 @@ class LossMeter:
                     if reader.node in linears and not linears[reader.node].depthwise
                 },
             )
-            for name in self._space.widths
+            for name in wanted
+            if not self._recall("widths", name)
         }
 
     def _moments(
-        self, stream: Stream, linear: Linear, position: int
+        self, twins: Twins, linear: Linear, position: int
     ) -> tuple[SecondMoments, ...]:
-        """Return the moments of a node's inputs and outputs in the original network."""
+        """Return the moments of a node's inputs and of what it should give."""
         if not self._data_aware:
             weights = self._model.weights
             bias = np.asarray(weights[linear.bias], np.float64).reshape(-1)
             return identity_moments(linear, linear.kernel(weights[linear.weight]), bias)
-        session = stream.tail([], [linear.y])
-        xs = stream.batches(linear.x)
-        ys = [
-            session.run({n: held[n] for n in session.input_names})[linear.y]
-            for held in stream.held()
-        ]
         rng = np.random.default_rng([self._seed, position])
-        return collect_moments(linear, xs, ys, rng)
+        return collect_moments(linear, twins.inputs(linear), twins.targets(linear), rng)
 
-    def _measure_forms(self, stream: Stream, linear: Linear, metric: SecondMoments) -> None:
+    def _measure_forms(self, twins: Twins, linear: Linear, metric: SecondMoments) -> None:
         """Measure some of a node's factorisations and interpolate the rest."""
         kernel = linear.kernel(self._model.weights[linear.weight])
         shape = kernel_shape4(linear, *kernel.shape[:2])
@@ -195,15 +267,20 @@ class LossMeter:
         if not kept:
             self._refusals[linear.id] = "every smaller form loses half of its output"
             return
-        session = stream.tail([linear.weight, linear.bias], self._outputs)
-        fit = Factorize().fit
+        session = twins.current.tail([linear.weight, linear.bias], self._outputs)
+        full = metric.solve(matrix).reshape(kernel.shape)
+
+        def error(dense: Array) -> float:
+            bias = metric.bias(dense.reshape(len(dense), -1))
+            return self._tail(twins, session, linear, dense, bias)
+
+        without = error(full) if self._data_aware else 0.0
 
         def loss(option: Option) -> float:
-            _, dense = fit(option, kernel, metric)
-            bias = metric.bias(dense.reshape(len(dense), -1))
-            return self._tail(stream, session, linear, dense, bias)
+            _, dense = Factorize().fit(option, full, metric)
+            return error(dense) - without
 
-        found = _interpolated({option: errors[option] for option in kept}, loss)
+        found = interpolated({o: errors[o] for o in kept}, loss, count=_MEASURED)
         self._forms |= found
         if not found:
             self._refusals[linear.id] = "with every smaller form the outputs overflow"
@@ -226,20 +303,20 @@ class LossMeter:
         return kept
 
     def _tail(
-        self, stream: Stream, session: Session, linear: Linear, kernel: Array, bias: Array
+        self, twins: Twins, session: Session, linear: Linear, kernel: Array, bias: Array
     ) -> float:
         """Return the output error with one node's weight and bias replaced."""
         own = {
             linear.weight: linear.stored(kernel),
             linear.bias: like_bias(bias, self._model.weights[linear.bias]),
         }
-        feeds = (held | own for held in stream.held()[: self._measured])
+        feeds = (held | own for held in twins.current.held()[: self._measured])
         return self._error.of(
             session.run({n: feed[n] for n in session.input_names}) for feed in feeds
         )
 
     def _measure_group(
-        self, stream: Stream, name: str, metrics: Mapping[str, tuple[SecondMoments, ...]]
+        self, twins: Twins, name: str, metrics: Mapping[str, tuple[SecondMoments, ...]]
     ) -> None:
         """Order a group's channels by elimination and measure some of its widths."""
         if not metrics:
@@ -251,34 +328,39 @@ class LossMeter:
             readers += self._readers(self._facts.linears[node_id], name, per_group)
         order = eliminate(readers, group.size)
         self._orders[name] = order
-        session = self._group_session(stream, list(metrics))
+        session = self._group_session(twins, list(metrics))
 
-        def loss(width: int) -> float:
+        def error(width: int) -> float:
             values: dict[str, Array] = {}
             removed = {name: order.order[: group.size - width].astype(np.int64)}
             for node_id, per_group in metrics.items():
                 values |= self._without(self._facts.linears[node_id], removed, per_group)
-            feeds = self._feeds(stream, len(metrics) == 1)
+            feeds = self._feeds(twins, len(metrics) == 1)
             return self._error.of(
                 session.run({n: {**feed, **values}[n] for n in session.input_names})
                 for feed in feeds
             )
 
+        without = error(group.size) if self._data_aware else 0.0
         points = {w: float(order.losses[group.size - w]) for w in self._space.widths[name]}
-        self._widths[name] = _interpolated(points, loss)
+        self._widths[name] = interpolated(
+            points, lambda width: error(width) - without, count=_MEASURED
+        )
 
-    def _group_session(self, stream: Stream, node_ids: Sequence[str]) -> Session:
+    def _group_session(self, twins: Twins, node_ids: Sequence[str]) -> Session:
         """Return a session with the readers' weights free: the tail of a lone reader."""
         linears = [self._facts.linears[node_id] for node_id in node_ids]
         free = list(dict.fromkeys(n for li in linears for n in (li.weight, li.bias)))
         if len(linears) == 1:
-            return stream.tail(free, self._outputs)
+            return twins.current.tail(free, self._outputs)
         weights = self._model.weights
         values = [Value(n, weights[n].dtype, weights[n].shape) for n in free]
-        return Session(extract(self._model, values, self._outputs), threads=self._threads)
+        part = extract(self._model, values, self._outputs)
+        inner = {n: self._current.get(n, a) for n, a in part.weights.items()}
+        return Session(Model(part.skeleton, inner), threads=self._threads)
 
-    def _feeds(self, stream: Stream, lone: bool) -> Sequence[Feeds]:
-        return (stream.held() if lone else self._batches)[: self._measured]
+    def _feeds(self, twins: Twins, lone: bool) -> Sequence[Feeds]:
+        return (twins.current.held() if lone else self._batches)[: self._measured]
 
     def _readers(
         self, linear: Linear, name: str, metrics: tuple[SecondMoments, ...]
@@ -311,78 +393,3 @@ class LossMeter:
             return {linear.weight: linear.stored(kernel), linear.bias: old}
         kernel, bias = solve_dense(linear, kernel, metrics, kept)
         return {linear.weight: linear.stored(kernel), linear.bias: like_bias(bias, old)}
-
-
-def solve_dense(
-    linear: Linear,
-    kernel: Array,
-    metrics: Sequence[SecondMoments],
-    inputs: Index,
-) -> tuple[Array, Array]:
-    """Refit a node on the input channels that stay; the weights of the others become zero.
-
-    Args:
-        linear: The node.
-        kernel: Its kernel now, shape (m, c / groups, *kernel_shape).
-        metrics: Moments per group over all input channels and all outputs of the group.
-        inputs: Input channels that stay, sorted.
-
-    Returns:
-        The kernel, of the same shape, and the bias, shape (m,).
-    """
-    result = np.zeros_like(kernel)
-    bias = np.zeros(len(kernel))
-    per_in = linear.in_channels // linear.groups
-    positions = np.arange(linear.spatial)
-    everything = grouped(linear)
-    for metric, (c, m) in zip(metrics, everything, strict=True):
-        stay = np.intersect1d(c, inputs) % per_in
-        columns = (stay[:, None] * linear.spatial + positions).reshape(-1)
-        prior = kernel[m].reshape(len(m), -1)
-        part = None if len(columns) == metric.d else columns
-        weight = metric.solve(prior, columns=part)
-        full = np.zeros_like(prior)
-        full[:, columns] = weight
-        result[m] = full.reshape(len(m), *kernel.shape[1:])
-        bias[m] = metric.bias(weight, columns=part)
-    return result, bias
-
-
-def without_inputs(linear: Linear, kernel: Array, inputs: Index) -> Array:
-    """Return a kernel whose weights of all but the given input channels are zero."""
-    stay = np.zeros(linear.in_channels, bool)
-    stay[inputs] = True
-    per_group = stay.reshape(linear.groups, -1)
-    mask = np.repeat(per_group, len(kernel) // linear.groups, axis=0)
-    return np.asarray(kernel * mask.reshape(*mask.shape, *(1,) * (kernel.ndim - 2)))
-
-
-def _interpolated(errors: Mapping[T, float], loss: Callable[[T], float]) -> dict[T, float]:
-    """Measure the loss of a few options and interpolate log loss over log error.
-
-    Args:
-        errors: Closed-form error of every option.
-        loss: Measures one option; infinite where the outputs are not finite.
-
-    Returns:
-        A loss for every option: as measured, and between those never falling as the error
-        grows.  Options of larger error than every one of finite loss are left out.
-    """
-    ranked = sorted(errors, key=lambda o: errors[o])
-    picks = np.unique(np.linspace(0, len(ranked) - 1, _MEASURED).round().astype(int))
-    measured = {ranked[i]: loss(ranked[i]) for i in picks}
-    measured = {option: lost for option, lost in measured.items() if np.isfinite(lost)}
-    if not measured:
-        return {}
-    tiny = 1e-30
-    x = np.log([max(errors[option], tiny) for option in measured])
-    y = np.maximum.accumulate(np.log([max(lost, tiny) for lost in measured.values()]))
-    top = max(errors[option] for option in measured)
-    ranked = [option for option in ranked if errors[option] <= top]
-    at = np.log([max(errors[option], tiny) for option in ranked])
-    return dict(zip(ranked, np.exp(np.interp(at, x, y)).tolist(), strict=True)) | measured
-
-
-def like_bias(bias: Array, old: Array) -> Array:
-    """Return a bias of shape (m,) in the shape and dtype of the file's."""
-    return bias.reshape(old.shape).astype(old.dtype)

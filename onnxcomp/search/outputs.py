@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from onnxcomp.errors import UnsupportedModelError
-from onnxcomp.model import Array, Model
-from onnxcomp.runtime import TensorFact
+from onnxcomp.model import Array, Model, extract
+from onnxcomp.runtime import Session, TensorFact
 
 _SHAPE_OPS = ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 _SQUASHING_OPS = ("Softmax", "LogSoftmax", "Sigmoid")
@@ -77,3 +77,37 @@ class OutputError:
         ratios = [s / self._scale[n] if self._scale[n] else s for n, s in sums.items()]
         error = float(np.mean(ratios))
         return error if np.isfinite(error) else np.inf
+
+
+class OutputMeter:
+    """The raw outputs of a working model on some batches, and how far other weights move them.
+
+    Args:
+        model: The working model.
+        tensors: Its tensors.
+        batches: Samples, one feed per batch.
+        threads: Threads of every session.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tensors: Mapping[str, TensorFact],
+        batches: Sequence[Mapping[str, Array]],
+        *,
+        threads: int,
+    ) -> None:
+        self._part = extract(model, (), raw_outputs(model, tensors))
+        self._batches = batches
+        self._threads = threads
+        self.error = OutputError(list(self._run({})))
+
+    def of(self, weights: Mapping[str, Array]) -> float:
+        """Return the error with some weights of the model replaced by others."""
+        return self.error.of(self._run(weights))
+
+    def _run(self, weights: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
+        own = {name: weights.get(name, array) for name, array in self._part.weights.items()}
+        session = Session(Model(self._part.skeleton, own), threads=self._threads)
+        for feed in self._batches:
+            yield session.run({n: feed[n] for n in session.input_names})

@@ -7,35 +7,34 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 
 from onnxcomp.analysis import Analysis
-from onnxcomp.analysis.probe import random_inputs
-from onnxcomp.analysis.target import find_target
 from onnxcomp.bench import Benchmark, is_slower, paired_latency
 from onnxcomp.errors import UnsupportedModelError
-from onnxcomp.evaluate import usable_batch
-from onnxcomp.metrics import Metric
-from onnxcomp.model import Array, Model
-from onnxcomp.passes.factorize import Factorize
-from onnxcomp.passes.remove_channels import RemoveChannels
+from onnxcomp.metrics import Metric, load_metric
+from onnxcomp.model import Model
 from onnxcomp.report import Figures, Report
-from onnxcomp.runtime import Session
-from onnxcomp.samples import Samples, as_samples
+from onnxcomp.samples import Samples
+from onnxcomp.search.deadline import Deadline
+from onnxcomp.search.judge import Judge
 from onnxcomp.search.losses import Progress
-from onnxcomp.search.search import Outcome, Search
+from onnxcomp.search.pursuit import Outcome, Pursuit
+from onnxcomp.search.search import Point, Search
 from onnxcomp.search.settings import Limits, Settings
-from onnxcomp.search.space import Plan, Space
-from onnxcomp.search.working import finish, prepare, working_model
+from onnxcomp.search.setup import assign_samples, make_search
+from onnxcomp.search.space import Plan
+from onnxcomp.search.store import Store
+from onnxcomp.search.working import finish, prepare
 from onnxcomp.validation import Ladder, validate
 
-_RANDOM_SAMPLES = 128
-_MEASURED_SAMPLES = 128
-_BATCH = 32
-_STATE_BYTES = 8  # of a live float32, in both networks of the walk
+_LATENCY_SECONDS = 20.0
+_BLIND = 0.5  # share of a limit on drop or drift that is used where there are no samples
+Keep = Callable[[Model], None]
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,9 @@ class Result:
     interrupted: bool = False
 
     @cached_property
-    def pareto(self) -> tuple[tuple[float, float], ...]:
-        """Predicted points (share of the original's MACs, loss), most MACs first."""
-        return self.search.front(self.report.original.macs)
+    def pareto(self) -> tuple[Point, ...]:
+        """Predicted loss against MACs, parameters, bytes and time, most MACs first."""
+        return self.search.front()
 
 
 def compress(
@@ -73,6 +72,8 @@ def compress(
     metric: Metric | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
+    resume: str | Path | None = None,
+    keep: Keep | None = None,
 ) -> Result:
     """Compress a model after training.
 
@@ -81,10 +82,15 @@ def compress(
         data: Unlabelled inputs (labels are used by `metric` only); random ones if None.
         limits: What the result may cost; overrides `settings.limits`.
         settings: Everything else.
-        metric: Task metric to report; drift is always reported.
+        metric: Task metric to report, and to limit the drop of; drift is always reported.
+            With a limit on the drop and none given: top-1 where there are labels, else
+            agreement with the original.
         progress: Called with a label and the share of the phase that is done.
         dry_run: Stop at the plan: the report carries predicted figures, and the model is the
             prepared original.
+        resume: Folder where measurements and candidates are kept, and taken over from a run
+            of the same model, samples and settings (limits may differ).
+        keep: Called with the best model so far: the input first, then every better one.
 
     Returns:
         The result; where nothing pays, its model is the prepared original.
@@ -99,7 +105,7 @@ def compress(
         settings = replace(settings, limits=limits)
     with threadpool_limits(settings.threads):
         run = _Run(model, data, settings, metric, progress or (lambda *_: None))
-        return run.result(dry_run=dry_run)
+        return run.result(Path(resume) if resume else None, keep or (lambda _: None), dry_run)
 
 
 class _Run:
@@ -118,104 +124,130 @@ class _Run:
                 f"operators outside the ONNX domain: {', '.join(model.foreign_ops)}; "
                 "`inspect` shows the model, `compress` cannot judge what they compute"
             )
+        self._deadline = Deadline(settings.time_limit)
         self._original = model
         self._settings = settings
-        self._metric = metric
         self._progress = progress
         self._notes: list[str] = []
         self._seconds: dict[str, float] = {}
-        inputs = model.signature.inputs
-        self._user = None if data is None else as_samples(data, inputs)
-        if self._user is None:
-            samples = random_inputs(model, _RANDOM_SAMPLES, seed=settings.seed)
-            self._notes.append("no samples given: fitted and judged on random inputs only")
-        else:
-            samples = self._user
-        if samples.count > 1:
-            self._fit, self._holdout = samples.split(settings.seed)
-        else:
-            self._fit = self._holdout = samples
-            self._notes.append("one sample only: fitted and judged on the same input")
+        self._samples = assign_samples(model, data, settings.seed, self._notes)
+        if metric is None and settings.limits.drop is not None:
+            metric = load_metric("agreement" if self._samples.labels is None else "top1")
+        self._metric = metric
 
-    def result(self, *, dry_run: bool) -> Result:
+    def result(self, resume: Path | None, keep: Keep, dry_run: bool) -> Result:
         """Run all phases."""
-        settings, seed = self._settings, self._settings.seed
+        settings = self._settings
+        store = Store(resume)
+        keep(self._original)
+        self._base = Analysis(self._original, self._samples.fit, seed=settings.seed)
         prepared, self._refusals = self._timed("prepare", partial(prepare, self._original))
         self._plain = finish(prepared)
-        self._base = Analysis(self._original, self._fit, seed=seed)
-        work = working_model(prepared, self._fit, seed=seed)
-        facts = Analysis(work, self._fit, seed=seed, threads=settings.threads)
-        self._search = Search(
-            self._space(facts), *self._batches(facts), settings, self._progress, self._notes
+        make = partial(
+            make_search,
+            self._original,
+            prepared,
+            self._plain,
+            self._samples,
+            settings,
+            progress=self._progress,
+            store=store,
+            deadline=self._deadline,
+            notes=self._notes,
         )
+        self._search = self._timed("analyse", make)
+        nothing = self._search.nothing
         cost = self._base.cost
         limits = settings.limits.absolute(cost.macs, cost.params, self._original.file_bytes)
+        if limits.judged and not self._samples.given:
+            limits = limits.judged_at(_BLIND)
+            self._notes.append("limits on drop and drift were halved, as noise judges them")
         if settings.limits == Limits():
-            return self._judge(Outcome(self._search.nothing, self._plain, True))
+            return self._judge(Outcome(nothing, met=True))
         if dry_run:
-            return self._preview(*self._search.plan(limits, self._plain))
+            return self._preview(limits)
+        pursuit = self._pursuit(limits, keep)
         try:
-            return self._judge(self._search.run(limits, self._plain))
+            return self._judge(pursuit.run())
         except KeyboardInterrupt:
-            self._notes.append("interrupted; the prepared original is the best so far")
+            self._notes.append("interrupted; this is the best so far")
             self._settings = replace(settings, latency=False)
-            result = self._judge(Outcome(self._search.nothing, self._plain, False))
-            return replace(result, interrupted=True)
+            return replace(self._judge(pursuit.best), interrupted=True)
 
-    def _space(self, facts: Analysis) -> Space:
+    def _pursuit(self, limits: Limits, keep: Keep) -> Pursuit:
         settings = self._settings
-        target, step = find_target(settings.target), settings.step
-        passes = [
-            kind(target=target, step=step)
-            for kind in (RemoveChannels, Factorize)
-            if kind.name in settings.methods
-        ]
-        return Space(
-            facts, [pass_.propose(facts) for pass_ in passes], target, settings.exclude
+        judge = Judge(
+            self._original, self._samples.holdout, self._metric, threads=settings.threads
+        )
+        return Pursuit(
+            self._search,
+            limits,
+            self._latency_share(limits.latency),
+            judge=judge,
+            clock=self._relative_time,
+            keep=keep,
+            refine=settings.data_aware,
+            box=settings.time_limit is not None,
+            seed=settings.seed,
+            notes=self._notes,
         )
 
-    def _batches(self, facts: Analysis) -> tuple[list[Mapping[str, Array]], int]:
-        """Return the feeds that fit the memory, and on how many losses are measured."""
-        model = facts.model
-        live = _live_elements(facts)
-        count = max(int(self._settings.memory / (_STATE_BYTES * max(live, 1))), 1)
-        samples = self._fit
-        if count < samples.count:
-            self._notes.append(
-                f"fitted on {count} of {samples.count} samples to stay within "
-                f"{self._settings.memory / 1e9:.1f} GB of activations"
-            )
-            samples = samples.take(range(count))
-        inputs = model.signature.inputs
-        size = usable_batch([Session(model)], inputs, samples, _BATCH)
-        batches = list(samples.batches(inputs, size))
-        measured, seen = 0, 0
-        while measured < len(batches) and seen < _MEASURED_SAMPLES:
-            seen += batches[measured].count
-            measured += 1
-        return [batch.feed for batch in batches], measured
+    def _latency_share(self, limit: float | None) -> float | None:
+        """Return a limit on the latency as a share of the original's."""
+        if limit is None or limit <= 1:
+            return limit
+        return limit / (1e3 * self._measured(self._original).models[0].median_ms)
 
-    def _preview(self, plan: Plan, met: bool) -> Result:
+    def _relative_time(self, candidate: Model) -> float:
+        return 1.0 / self._measured(self._original, candidate).models[1].ratio.value
+
+    def _measured(self, *models: Model) -> Benchmark:
+        feeds = next(
+            iter(self._samples.holdout.batches(self._original.signature.inputs, 1))
+        ).feed
+        return paired_latency(
+            models, feeds, threads=self._settings.threads, time_limit_s=_LATENCY_SECONDS
+        )
+
+    def _preview(self, limits: Limits) -> Result:
         """Return a result that was not made: the plan with its predicted figures."""
+        plan, met = self._planned(limits)
         size = self._search.space.file_bytes(plan.cost, plan.forms)
         figures = Figures(plan.cost.params, plan.cost.macs, size, None)
         report = self._report(plan, self._validate(self._plain), None, figures, met)
         return Result(self._plain, plan, report, met, self._search)
 
+    def _planned(self, limits: Limits) -> tuple[Plan, bool]:
+        """Return the plan to begin with, and whether it is predicted to be within."""
+        search, nothing = self._search, self._search.nothing
+        if limits.judged:
+            pursuit = self._pursuit(limits, lambda _: None)
+            plan = search.fastest(search.losses, pursuit.first_bound, limits)
+            return plan or nothing.plan, plan is not None
+        share = self._latency_share(limits.latency)
+        if search.within(nothing.model, limits) and share is None:
+            return nothing.plan, True
+        seconds = math.inf if share is None else share * nothing.plan.seconds
+        plan, reason = search.choose(search.losses, limits, seconds=seconds)
+        if reason:
+            self._notes.append(reason)
+        return plan, not reason
+
     def _judge(self, outcome: Outcome) -> Result:
         """Validate, measure, and fall back where the candidate does not pay."""
-        plan, candidate, met = outcome.plan, outcome.model, outcome.met
+        plan, candidate = outcome.candidate.plan, outcome.candidate.model
+        met = outcome.met
         ladder = self._timed("validate", partial(self._validate, candidate))
         benchmark = self._timed("latency", partial(self._latency, candidate))
         reason = self._regret(candidate, ladder, benchmark)
         if reason:
             self._notes.append(f"{reason}; the prepared original was kept")
-            plan, candidate = self._search.nothing, self._plain
+            plan, candidate = self._search.nothing.plan, self._plain
             if candidate.file_bytes > self._original.file_bytes:
                 candidate = self._original
-            met = self._settings.limits == Limits()
+            met = self._settings.limits.without_judgement == Limits()
             ladder, benchmark = self._validate(candidate), self._latency(candidate)
-        figures = Figures.of(Analysis(candidate, self._fit), benchmark, 1)
+        figures = Figures.of(Analysis(candidate, self._samples.fit), benchmark, 1)
         report = self._report(plan, ladder, benchmark, figures, met)
         return Result(candidate, plan, report, met, self._search)
 
@@ -246,7 +278,7 @@ class _Run:
         return validate(
             self._original,
             candidate,
-            self._holdout if self._user is not None else None,
+            self._samples.holdout if self._samples.given else None,
             metric=self._metric,
             threads=self._settings.threads,
             allow_larger=self._settings.force,
@@ -256,10 +288,7 @@ class _Run:
     def _latency(self, candidate: Model) -> Benchmark | None:
         if not self._settings.latency:
             return None
-        feeds = next(iter(self._holdout.batches(self._original.signature.inputs, 1))).feed
-        return paired_latency(
-            [self._original, candidate], feeds, threads=self._settings.threads, time_limit_s=20
-        )
+        return self._measured(self._original, candidate)
 
     def _regret(self, candidate: Model, ladder: Ladder, benchmark: Benchmark | None) -> str:
         """Return why the candidate must not be shipped, or ""."""
@@ -274,7 +303,7 @@ class _Run:
             return ""
         slower = f"the result is slower ({benchmark.models[1].ratio.value:.2f}x)"
         limits = self._settings.limits
-        if limits.size is not None and limits.macs is None and limits.params is None:
+        if limits == Limits(size=limits.size) and limits.size is not None:
             self._notes.append(f"{slower}; kept, as only its size was limited")
         elif self._settings.grid == "off":  # which is for comparisons by MACs, not by time
             self._notes.append(f"{slower}; kept, as --grid off leaves the target's grid")
@@ -288,19 +317,3 @@ class _Run:
         value = work()
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - start
         return value
-
-
-def _live_elements(facts: Analysis) -> int:
-    """Return the most elements per sample that are live at once during a forward pass."""
-    last = {n: i for i, node in enumerate(facts.model.nodes) for n in node.inputs}
-    live = peak = 0
-    ending: dict[int, int] = {}
-    for index, node in enumerate(facts.model.nodes):
-        for name in node.outputs:
-            if name in last and name in facts.tensors:
-                size = math.prod(facts.tensors[name].shape)
-                live += size
-                ending[last[name]] = ending.get(last[name], 0) + size
-        peak = max(peak, live)
-        live -= ending.pop(index, 0)
-    return peak

@@ -1,39 +1,73 @@
-"""The search: measure losses once, then choose a plan within limits and solve it."""
+"""The search: losses measured once, from which plans are chosen and solved."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TypeVar
+from functools import cached_property, partial
+from typing import Any, TypeVar
+
+import numpy as np
 
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.stream import Feeds
 from onnxcomp.errors import LimitError
-from onnxcomp.model import Model
+from onnxcomp.model import Array, Model
 from onnxcomp.passes.base import Refusal
 from onnxcomp.report import Action
 from onnxcomp.search.actions import describe
+from onnxcomp.search.adaptation import Adapted
 from onnxcomp.search.allocation import Allocator
+from onnxcomp.search.deadline import Deadline
 from onnxcomp.search.losses import Losses, LossMeter, Progress
+from onnxcomp.search.outputs import OutputMeter
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.space import Plan, Space
+from onnxcomp.search.store import Store
 from onnxcomp.search.walk import Walk
 from onnxcomp.search.working import finish
 
 T = TypeVar("T")
-_SIZE_ROUNDS = 3
 _FRONT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+_TABLE_SHARE = 0.5  # of the time limit, that measuring losses may take
+_SOLVER_SHARE = 0.25  # of the time left, that one programme may take
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A plan, the model that it made, and whether all limits hold."""
+class Candidate:
+    """A plan that was solved.
+
+    Attributes:
+        plan: What was done.
+        model: The model that it made; the prepared original for an empty plan.
+        weights: Dense weights of the working model that compute the same.
+        error: Squared change of the raw outputs relative to their variance, on the hold-out.
+    """
 
     plan: Plan
     model: Model
-    met: bool
+    weights: Mapping[str, Array]
+    error: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A predicted point of the Pareto front; costs are shares of the original's.
+
+    Attributes:
+        macs: Multiply-accumulates.
+        params: Parameters.
+        file_bytes: Bytes of the file.
+        seconds: Predicted time of what plans may change.
+        loss: Predicted squared change of the raw outputs relative to their variance.
+    """
+
+    macs: float
+    params: float
+    file_bytes: float
+    seconds: float
+    loss: float
 
 
 class Search:
@@ -43,9 +77,13 @@ class Search:
         space: The options.
         batches: Fitting samples.
         measured: Leading batches on which losses are measured.
+        holdout: Hold-out samples, on which candidates are compared.
+        plain: The prepared original, which an empty plan gives.
         settings: Seed, threads and how to solve.
         progress: Called with a label and the share done.
-        notes: Receives what the reader of the report must know.
+        store: Where measurements and candidates are kept.
+        deadline: When to stop.
+        adapted: Where the working model was adapted to BatchNorm statistics, how to undo it.
     """
 
     def __init__(
@@ -53,120 +91,196 @@ class Search:
         space: Space,
         batches: Sequence[Feeds],
         measured: int,
+        holdout: Sequence[Feeds],
+        plain: Model,
+        *,
         settings: Settings,
         progress: Progress,
-        notes: list[str],
+        store: Store,
+        deadline: Deadline,
+        adapted: Adapted | None = None,
     ) -> None:
         self.space = space
         self.seconds: dict[str, float] = {}
-        self.nothing = Plan({}, {}, 0.0, space.facts.cost, space.seconds({}, {}))
+        nothing = Plan({}, {}, 0.0, space.facts.cost, space.seconds({}, {}))
+        self.nothing = Candidate(nothing, plain, {}, 0.0)
+        self.deadline = deadline
+        self.store = store
         self._batches = batches
         self._measured = measured
+        self._holdout = holdout
         self._settings = settings
         self._progress = progress
-        self._notes = notes
+        self._adapted = adapted
         self._losses: Losses | None = None
-        self._allocator: Allocator | None = None
 
     @property
     def refusals(self) -> tuple[Refusal, ...]:
         """Why nodes and groups were left alone."""
         return (*self.space.refusals, *(self._losses.refusals if self._losses else ()))
 
-    def plan(self, limits: Limits, plain: Model) -> tuple[Plan, bool]:
-        """Return the best plan within absolute limits, and whether there is one.
+    @property
+    def losses(self) -> Losses:
+        """The losses of single options, measured when they are first asked for."""
+        if self._losses is None:
+            deadline = self.deadline.share(_TABLE_SHARE)
+            self._losses = self.timed("losses", self._meter(self.store, deadline).run)
+        return self._losses
 
-        Where none is within them, the plan nearest to them is returned, and a note says why;
-        where the prepared original `plain` is within them already, the plan is empty.
+    def measure_again(self, candidate: Candidate, names: Sequence[str]) -> Losses:
+        """Return the losses with some nodes and groups measured in a candidate's place.
+
+        Their options are then measured with all others of the candidate in place.
         """
-        if self._within(plain, limits):
-            return self.nothing, True
-        allocator = self._measure()
+        store = self.store.scoped("again", _key(candidate.plan, self.losses))
+        meter = self._meter(store, self.deadline.share(_TABLE_SHARE))
+        work = partial(meter.run, candidate.weights, names)
+        return self.losses.updated(self.timed("losses in place", work))
+
+    def _meter(self, store: Store, deadline: Deadline) -> LossMeter:
+        settings = self._settings
+        return LossMeter(
+            self.space,
+            self._batches,
+            measured=self._measured,
+            seed=settings.seed,
+            threads=settings.threads,
+            progress=self._progress,
+            data_aware=settings.data_aware,
+            store=store,
+            deadline=deadline,
+        )
+
+    def allocator(self, losses: Losses) -> Allocator:
+        """Return what chooses plans by given losses."""
+        settings = self._settings
+        left = _SOLVER_SHARE * self.deadline.left
+        return Allocator(
+            self.space,
+            losses,
+            time_limit_s=max(min(settings.solver_seconds, left), 1.0),
+            patience=settings.patience if settings.step is None else 1.0,
+        )
+
+    def choose(
+        self, losses: Losses, limits: Limits, *, seconds: float = np.inf
+    ) -> tuple[Plan, str]:
+        """Return the best plan within absolute limits, and why there is none.
+
+        Where none is within them, the plan nearest to them is returned with the reason.
+        """
+        allocator = self.allocator(losses)
         try:
-            return self._timed("allocate", partial(allocator.choose, limits)), True
+            work = partial(allocator.choose, limits, seconds=seconds)
+            return self.timed("allocate", work), ""
         except LimitError as error:
-            self._notes.append(str(error))
-            return self._timed("allocate", partial(allocator.smallest, limits)), False
+            nearest = partial(allocator.smallest, limits, seconds=seconds)
+            return self.timed("allocate", nearest), str(error)
 
-    def run(self, limits: Limits, plain: Model) -> Outcome:
-        """Plan and solve until the file that would be written is within the limits, too.
+    def fastest(self, losses: Losses, loss: float, limits: Limits) -> Plan | None:
+        """Return the plan of least predicted time within a loss and limits, if any."""
+        try:
+            work = partial(self.allocator(losses).fastest, loss, limits)
+            return self.timed("allocate", work)
+        except LimitError:
+            return None
 
-        Args:
-            limits: Absolute limits.
-            plain: The prepared original, which an empty plan gives.
+    def solve(self, plan: Plan, losses: Losses) -> Candidate:
+        """Solve a plan's arrays, or take them over from an earlier run.
+
+        Raises:
+            TimeLimitReached: The deadline passed before it was done.
         """
-        wanted, outcome = limits, Outcome(self.nothing, plain, False)
-        for _ in range(_SIZE_ROUNDS):
-            plan, reached = self.plan(wanted, plain)
-            model = plain if plan.empty else self._solve(plan)
-            outcome = Outcome(plan, model, self._within(model, limits))
-            excess = model.file_bytes - (limits.size or model.file_bytes)
-            if excess <= 0 or plan.empty or not reached:
-                break
-            smaller = (wanted.size or 0.0) - 1.05 * excess
-            wanted = replace(wanted, size=max(smaller, 1.0))
-        return outcome
+        if plan.empty:
+            return self.nothing
+        key = _key(plan, losses)
+        model, kept = self.store.get_model("model", key), self.store.get("walk", key)
+        if model is None or kept is None:
+            walk = Walk(
+                self.space,
+                plan,
+                losses,
+                self._batches,
+                seed=self._settings.seed,
+                threads=self._settings.threads,
+                progress=self._progress_until_deadline,
+                data_aware=self._settings.data_aware,
+                adapted=self._adapted,
+            )
+            walked = self.timed("walk", walk.run)
+            model = finish(walked.model)
+            kept = dict(walked.weights)
+            self.store.put_model("model", key, model)
+            self.store.put("walk", key, kept)
+        return Candidate(plan, model, kept, self.timed("judge", partial(self._error, kept)))
+
+    def _progress_until_deadline(self, label: str, share: float) -> None:
+        self.deadline.check()
+        self._progress(label, share)
+
+    def _error(self, weights: Mapping[str, Array]) -> float:
+        return self._judged.of(weights)
+
+    @cached_property
+    def _judged(self) -> OutputMeter:
+        facts, threads = self.space.facts, self._settings.threads
+        return OutputMeter(facts.model, facts.tensors, self._holdout, threads=threads)
+
+    def within(self, model: Model, limits: Limits) -> bool:
+        """Whether a model's MACs, parameters and bytes are within absolute limits."""
+        cost = Analysis(model, self.space.facts.samples).cost
+        row = (cost.macs, cost.params, model.file_bytes)
+        return all(found <= limit for found, limit in zip(row, limits.row, strict=True))
 
     def describe(self, plan: Plan) -> tuple[tuple[Action, ...], int]:
         """Return what a plan does, in words, and the MACs of all nodes that it changes."""
         return ((), 0) if self._losses is None else describe(self.space, plan, self._losses)
 
-    def front(self, macs: int) -> tuple[tuple[float, float], ...]:
-        """Return predicted points (share of `macs`, loss), most MACs first."""
-        if self._allocator is None:
+    def front(self) -> tuple[Point, ...]:
+        """Return predicted points, most MACs first; none before losses were measured."""
+        if self._losses is None:
             return ()
-        points = []
+        allocator, points = self.allocator(self._losses), []
+        base, space = self.nothing.plan, self.space
+        size = space.file_bytes(base.cost, {})
         for share in _FRONT:
+            limits = Limits(macs=max(share * base.cost.macs, 2.0))
             try:
-                plan = self._allocator.choose(Limits(macs=max(share * macs, 2.0)), rough=True)
+                plan = allocator.choose(limits, rough=True)
             except LimitError:
                 break
-            points.append((plan.cost.macs / macs, plan.loss))
+            points.append(
+                Point(
+                    plan.cost.macs / base.cost.macs,
+                    plan.cost.params / base.cost.params,
+                    space.file_bytes(plan.cost, plan.forms) / size,
+                    plan.seconds / base.seconds,
+                    plan.loss,
+                )
+            )
         return tuple(points)
 
-    def _measure(self) -> Allocator:
-        if self._allocator is None:
-            meter = LossMeter(
-                self.space,
-                self._batches,
-                measured=self._measured,
-                seed=self._settings.seed,
-                threads=self._settings.threads,
-                progress=self._progress,
-                data_aware=self._settings.data_aware,
-            )
-            self._losses = self._timed("losses", meter.run)
-            self._allocator = Allocator(
-                self.space,
-                self._losses,
-                time_limit_s=self._settings.solver_seconds,
-                patience=self._settings.patience if self._settings.step is None else 1.0,
-            )
-        return self._allocator
-
-    def _solve(self, plan: Plan) -> Model:
-        if self._losses is None:
-            raise AssertionError("a plan exists only after its losses were measured")
-        walk = Walk(
-            self.space,
-            plan,
-            self._losses,
-            self._batches,
-            seed=self._settings.seed,
-            threads=self._settings.threads,
-            progress=self._progress,
-            data_aware=self._settings.data_aware,
-        )
-        return finish(self._timed("walk", walk.run))
-
-    def _within(self, model: Model, limits: Limits) -> bool:
-        cost = Analysis(model, self.space.facts.samples).cost
-        row = (cost.macs, cost.params, model.file_bytes)
-        return all(found <= limit for found, limit in zip(row, limits.row, strict=True))
-
-    def _timed(self, phase: str, work: Callable[[], T]) -> T:
+    def timed(self, phase: str, work: Callable[[], T]) -> T:
+        """Do a piece of work and add its wall time to that of its phase."""
         start = time.monotonic()
         self._progress(phase, 0.0)
-        value = work()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - start
-        return value
+        try:
+            return work()
+        finally:
+            spent = time.monotonic() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+
+def smaller(limits: Limits, excess: float) -> Limits:
+    """Return limits whose bound on the file's size is lower by a little more than `excess`."""
+    return replace(limits, size=max((limits.size or 0.0) - 1.05 * excess, 1.0))
+
+
+def _key(plan: Plan, losses: Losses) -> list[Any]:
+    """Return what decides the arrays of a plan, as plain values."""
+    widths = [
+        (name, width, losses.orders[name].order.tolist())
+        for name, width in sorted(plan.widths.items())
+    ]
+    forms = [(node, o.form, list(o.size)) for node, o in sorted(plan.forms.items())]
+    return [widths, forms]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,34 +20,43 @@ Row = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the result may cost at most; shares of the original if at most 1, else absolute.
+    """What the result may cost at most; costs at most 1 are shares of the original.
 
     Attributes:
         macs: Multiply-accumulates per sample.
         params: Parameters.
         size: Bytes of the written file.
+        latency: Microseconds of one sample, or a share of the original's time.
+        drop: Points of the metric, in absolute terms (0.01 is one point of top-1).
+        drift: Relative L2 change of any output.
     """
 
     macs: float | None = None
     params: float | None = None
     size: float | None = None
+    latency: float | None = None
+    drop: float | None = None
+    drift: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("macs", "params", "size"):
-            value = getattr(self, name)
+        for limit in fields(self):
+            value = getattr(self, limit.name)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise ParameterError.of("Limits", name, "a number above 0", value)
+                raise ParameterError.of("Limits", limit.name, "a number above 0", value)
 
     def absolute(self, macs: int, params: int, size: int) -> Limits:
-        """Return the limits in units, given those of the original."""
+        """Return the limits on MACs, parameters and bytes in units of the original's."""
 
         def units(value: float | None, whole: int) -> float | None:
             if value is None or value > 1:
                 return value
             return value * whole or None  # a share of nothing is no limit
 
-        return Limits(
-            units(self.macs, macs), units(self.params, params), units(self.size, size)
+        return replace(
+            self,
+            macs=units(self.macs, macs),
+            params=units(self.params, params),
+            size=units(self.size, size),
         )
 
     @property
@@ -55,6 +64,21 @@ class Limits:
         """The limits in the order macs, params, size; infinite where there is none."""
         values = (self.macs, self.params, self.size)
         return np.array([np.inf if v is None else float(v) for v in values])
+
+    @property
+    def judged(self) -> bool:
+        """Whether a candidate's outputs decide, not its costs alone."""
+        return self.drop is not None or self.drift is not None
+
+    @property
+    def without_judgement(self) -> Limits:
+        """The limits on costs."""
+        return replace(self, drop=None, drift=None)
+
+    def judged_at(self, share: float) -> Limits:
+        """Return the limits with a share of those on drop and drift."""
+        drop, drift = (None if v is None else share * v for v in (self.drop, self.drift))
+        return replace(self, drop=drop, drift=drift)
 
 
 @dataclass(frozen=True)
@@ -74,6 +98,8 @@ class Settings:
         threads: Threads of every session and of NumPy, also when latency is measured.
         memory: Bytes that activations of the fitting samples may take.
         solver_seconds: Time limit of the knapsack.
+        time_limit: Seconds after which the best so far is returned; until then further
+            plans are tried.  None ends the search when it has done what it does by itself.
         latency: Whether to measure latency.
         force: Keep a result that is larger or slower than the input.
     """
@@ -89,6 +115,7 @@ class Settings:
     threads: int = 1
     memory: float = 1e9
     solver_seconds: float = 60.0
+    time_limit: float | None = None
     latency: bool = True
     force: bool = False
 
@@ -105,6 +132,8 @@ class Settings:
             raise ParameterError.of("Settings", "patience", "at least 1", self.patience)
         if self.threads < 1:
             raise ParameterError.of("Settings", "threads", "at least 1", self.threads)
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise ParameterError.of("Settings", "time_limit", "above 0 s", self.time_limit)
         find_target(self.target)
         try:
             re.compile(self.exclude or "")

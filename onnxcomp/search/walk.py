@@ -2,9 +2,10 @@
 
 Each linear node is refitted, in closed form, on the compressed network's own inputs against
 the original network's outputs.  The last node in front of a residual Add also takes over the
-error of the other branch.  During the walk nothing changes its shape: removed channels are
-zero columns of their readers and a factorised node is its dense product, which is the same
-function; the structure is written once, at the end.
+error of the other branch, and in front of a Relu a second solution leaves alone what the Relu
+cuts off.  During the walk nothing changes its shape: removed channels are zero columns of
+their readers and a factorised node is its dense product, which is the same function; the
+structure is written once, at the end.
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ from onnxcomp.analysis.moments import (
     grouped,
     identity_moments,
 )
-from onnxcomp.analysis.stream import Feeds, Stream
+from onnxcomp.analysis.stream import Feeds
 from onnxcomp.errors import DataError
 from onnxcomp.model import Array, Model
 from onnxcomp.passes.base import Arrays, Option
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
-from onnxcomp.search.losses import Losses, Progress, like_bias, without_inputs
+from onnxcomp.search.adaptation import Adapted
+from onnxcomp.search.losses import Losses, Progress
+from onnxcomp.search.refits import like_bias, without_inputs
 from onnxcomp.search.space import Plan, Space
+from onnxcomp.search.twins import Twins
 
 _log = logging.getLogger(__name__)
+_CHECKED = 4  # leading batches on which a further solution must be better
 Index = npt.NDArray[np.int64]
 
 
@@ -52,6 +57,30 @@ class Solved:
     factors: Arrays | None = None
 
 
+@dataclass(frozen=True)
+class Walked:
+    """What a walk gives.
+
+    Attributes:
+        model: The compressed model, with its structure.
+        weights: Dense weights and biases of the working model that compute the same.
+    """
+
+    model: Model
+    weights: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A node that is being solved, and what the plan leaves of it."""
+
+    linear: Linear
+    position: int
+    inputs: Index
+    outputs: Index
+    option: Option | None
+
+
 class Walk:
     """Solves one plan.
 
@@ -65,6 +94,7 @@ class Walk:
         progress: Called with a label and the share done.
         data_aware: Refit every node in the metric of the samples, or change only the nodes
             of the plan, from their weights alone.
+        adapted: Where the working model was adapted to BatchNorm statistics, how to undo it.
     """
 
     def __init__(
@@ -78,6 +108,7 @@ class Walk:
         threads: int,
         progress: Progress,
         data_aware: bool = True,
+        adapted: Adapted | None = None,
     ) -> None:
         self._space = space
         self._facts: Analysis = space.facts
@@ -86,104 +117,128 @@ class Walk:
         self._seed = seed
         self._progress = progress
         self._data_aware = data_aware
+        self._adapted = adapted
         self._removed: dict[str, Index] = {
             name: losses.orders[name].order[: space.groups[name].size - width].astype(np.int64)
             for name, width in plan.widths.items()
         }
-        tensors = space.facts.tensors
-        self._original = Stream(self._model, batches, tensors, threads=threads)
-        self._current = Stream(self._model, batches, tensors, threads=threads)
+        self._twins = Twins(space.facts, batches, weights={}, threads=threads)
         self._solved: dict[str, Solved] = {}
-        self._changed = False
+        self._weights: dict[str, Array] = {}
 
-    def run(self) -> Model:
+    def run(self) -> Walked:
         """Solve all nodes in order and return the compressed model."""
         linears = list(self._facts.linears.values())
         for position, linear in enumerate(linears):
             self._progress(linear.id, position / len(linears))
             self._visit(linear, position)
-        return self._write()
+        return Walked(self._write(), self._weights)
 
     def _visit(self, linear: Linear, position: int) -> None:
         inputs = self._space.input_side(linear).kept(self._removed)
         outputs = self._space.output_side(linear).kept(self._removed)
         option = self._plan.forms.get(linear.id)
         untouched = option is None and len(inputs) == linear.in_channels
-        if untouched and (not self._changed or linear.id in self._space.excluded):
+        if untouched and (not self._solved or linear.id in self._space.excluded):
             return
-        weight = self._model.weights[linear.weight]
-        kernel = linear.kernel(weight)
+        site = _Site(linear, position, inputs, outputs, option)
+        kernel = linear.kernel(self._model.weights[linear.weight])
         if len(self._model.readers[linear.weight]) > 1:
             solved = Solved(without_inputs(linear, kernel, inputs), None)
         else:
-            metrics = self._metrics(linear, kernel, inputs, outputs, position)
-            solved = self._solve(linear, kernel, inputs, outputs, metrics, option)
+            solved = self._fit(site, kernel)
         self._solved[linear.id] = solved
-        self._current.set_weight(linear.weight, linear.stored(solved.kernel))
+        found = {linear.weight: linear.stored(solved.kernel)}
         if solved.bias is not None:
             old = self._model.weights[linear.bias]
-            self._current.set_weight(linear.bias, like_bias(solved.bias, old))
-        self._changed = True
+            found[linear.bias] = like_bias(solved.bias, old)
+        for name, value in found.items():
+            self._twins.current.set_weight(name, value)
+        self._weights |= found
 
-    def _metrics(
-        self, linear: Linear, kernel: Array, inputs: Index, outputs: Index, position: int
-    ) -> tuple[SecondMoments, ...]:
-        """Return the moments of the compressed network's inputs and the wanted outputs."""
+    def _fit(self, site: _Site, kernel: Array) -> Solved:
+        """Solve a node against the original's outputs, then against what a Relu passes on."""
+        linear = site.linear
         bias = np.asarray(self._model.weights[linear.bias], np.float64).reshape(-1)
+        inputs, outputs = site.inputs, site.outputs
         alone = identity_moments(linear, kernel, bias, inputs=inputs, outputs=outputs)
         if not self._data_aware:
-            return alone
-        self._original.advance([linear.x])
-        self._current.advance([linear.x])
-        rng = np.random.default_rng([self._seed, position])
-        xs, targets = self._current.batches(linear.x), self._targets(linear)
+            return self._solve(site, kernel, alone)
+        self._twins.advance(linear)
+        xs, targets = self._twins.inputs(linear), self._twins.targets(linear)
+        rng = np.random.default_rng([self._seed, site.position])
         try:
-            return collect_moments(linear, xs, targets, rng, inputs=inputs, outputs=outputs)
+            metrics = collect_moments(linear, xs, targets, rng, inputs=inputs, outputs=outputs)
         except DataError as error:  # such as a mask of -inf in front of the node
             _log.warning("'%s' is not refitted: %s", linear.id, error)
-            return alone
+            return self._solve(site, kernel, alone)
+        solved = self._solve(site, kernel, metrics)
+        if linear.groups > 1 or not self._twins.rectified(linear):
+            return solved
+        return self._refit_rectified(site, solved, targets)
 
-    def _targets(self, linear: Linear) -> list[Array]:
-        """Return the original outputs, corrected by what the shortcut beside them lost."""
-        targets = self._original.peek(linear.y)
-        shortcut = self._shortcut(linear)
-        if shortcut:
-            wanted, found = self._original.peek(shortcut), self._current.peek(shortcut)
-            targets = [y + (a - b) for y, a, b in zip(targets, wanted, found, strict=True)]
-        return targets
+    def _refit_rectified(self, site: _Site, first: Solved, targets: list[Array]) -> Solved:
+        """Solve once more where a Relu follows; keep it if the Relu's output is nearer.
 
-    def _shortcut(self, linear: Linear) -> str:
-        """Return the other operand of the Add behind a node, if it is known by now."""
-        uses = self._model.readers.get(linear.y, ())
-        if len(uses) != 1 or uses[0].node.op != "Add":
-            return ""
-        other = uses[0].node.inputs[1 - uses[0].index]
-        tensors = self._facts.tensors
-        if other in self._model.weights or other == linear.y or other not in tensors:
-            return ""
-        if tensors[other].shape != tensors[linear.y].shape:
-            return ""
-        ahead = set(self._facts.linears) - set(self._visited(linear))
-        return "" if self._original.depends(other) & ahead else other
+        Where the target is negative, any negative output is as good: the target becomes what
+        the first solution gives, or zero.  This majorises the error behind the Relu (the
+        auxiliary variables of Zhang et al. 2016, arXiv:1505.06798), and changes T but not S.
+        """
+        linear = site.linear
+        offsets = self._twins.offsets(linear) or [np.zeros_like(y) for y in targets]
+        pairs = list(zip(targets, offsets, strict=True))
+        both = [np.concatenate(pair, axis=linear.y_axis) for pair in pairs]
+        m, flat = linear.out_channels, first.kernel.reshape(linear.out_channels, -1)
+        weight, bias = flat.T.astype(np.float32), _bias_of(first)
 
-    def _visited(self, linear: Linear) -> list[str]:
-        order = list(self._facts.linears)
-        return order[: order.index(linear.id)]
+        def revise(patches: Array, rows: Array) -> Array:
+            offset = rows[:, m:]
+            wanted = rows[:, :m] + offset
+            found = patches.reshape(len(patches), -1) @ weight + bias + offset
+            return np.asarray(np.where(wanted > 0, wanted, np.minimum(found, 0)) - offset)
 
-    def _solve(
+        xs = self._twins.inputs(linear)
+        rng = np.random.default_rng([self._seed, site.position])
+        metrics = collect_moments(
+            linear, xs, both, rng, inputs=site.inputs, outputs=site.outputs, revise=revise
+        )
+        second = self._solve(site, first.kernel, metrics)
+        before, after = self._rectified_errors(linear, (first, second), pairs)
+        return second if after < before else first
+
+    def _rectified_errors(
         self,
         linear: Linear,
-        kernel: Array,
-        inputs: Index,
-        outputs: Index,
-        metrics: Sequence[SecondMoments],
-        option: Option | None,
-    ) -> Solved:
+        solutions: Sequence[Solved],
+        pairs: Sequence[tuple[Array, Array]],
+    ) -> list[float]:
+        """Return the squared error behind the Relu of each solution, on leading batches."""
+        session = self._twins.current.tail([linear.weight, linear.bias], [linear.y])
+        old = self._model.weights[linear.bias]
+        errors = []
+        for solved in solutions:
+            free = {
+                linear.weight: linear.stored(solved.kernel),
+                linear.bias: like_bias(_bias_of(solved), old),
+            }
+            total = 0.0
+            held = self._twins.current.held()
+            for feed, (wanted, offset) in zip(held[:_CHECKED], pairs, strict=False):
+                every = {**feed, **free}
+                y = session.run({n: every[n] for n in session.input_names})[linear.y]
+                change = np.maximum(y + offset, 0) - np.maximum(wanted + offset, 0)
+                total += float(np.vdot(change, change))
+            errors.append(total)
+        return errors
+
+    def _solve(self, site: _Site, kernel: Array, metrics: Sequence[SecondMoments]) -> Solved:
+        linear, option = site.linear, site.option
         full = np.zeros_like(kernel)
         bias = np.asarray(self._model.weights[linear.bias], np.float64).reshape(-1).copy()
         factors: Arrays | None = None
         per_in = linear.in_channels // linear.groups
-        for metric, (c, m) in zip(metrics, grouped(linear, inputs, outputs), strict=True):
+        sides = grouped(linear, site.inputs, site.outputs)
+        for metric, (c, m) in zip(metrics, sides, strict=True):
             block = np.ix_(m, c % per_in)
             prior = kernel[block]
             shape = prior.shape
@@ -194,15 +249,34 @@ class Walk:
             bias[m] = metric.bias(solved.reshape(len(m), -1))
         return Solved(full, bias, factors)
 
+    def _restored(self, adapted: Adapted, node_id: str, solved: Solved) -> Solved:
+        """Map a node back to the scale that it had before BatchNorm statistics changed it."""
+        if solved.bias is None:
+            return solved
+        linear = self._facts.linears[node_id]
+        every = np.arange(linear.out_channels)
+        kernel, bias = adapted.restore(node_id, solved.kernel, solved.bias, every)
+        factors = solved.factors
+        if factors:
+            last = str(len(factors) - 1)
+            kept = self._space.output_side(linear).kept(self._removed)
+            scaled, _ = adapted.restore(node_id, factors[last], bias[kept], kept)
+            factors = {**factors, last: scaled}
+        return Solved(kernel, bias, factors)
+
     def _write(self) -> Model:
         """Write weights and structure into the model."""
-        draft = self._model.edit()
-        for node_id, solved in self._solved.items():
+        model, solved = self._model, self._solved
+        if self._adapted is not None:
+            model = self._adapted.original
+            solved = {n: self._restored(self._adapted, n, s) for n, s in solved.items()}
+        draft = model.edit()
+        for node_id, found in solved.items():
             linear = self._facts.linears[node_id]
-            draft.set_weight(linear.weight, linear.stored(solved.kernel))
-            if solved.bias is not None:
-                old = self._model.weights[linear.bias]
-                draft.set_weight(linear.bias, like_bias(solved.bias, old))
+            draft.set_weight(linear.weight, linear.stored(found.kernel))
+            if found.bias is not None:
+                old = model.weights[linear.bias]
+                draft.set_weight(linear.bias, like_bias(found.bias, old))
         chosen = {
             Option(RemoveChannels.name, name, "", (self._plan.widths[name],)): {
                 "removed": removed
@@ -212,7 +286,7 @@ class Walk:
         RemoveChannels().apply(draft, self._facts, chosen)
         narrow = draft.seal(by=RemoveChannels.name)
         forms: Mapping[Option, Arrays] = {
-            option: self._solved[node_id].factors or {}
+            option: solved[node_id].factors or {}
             for node_id, option in self._plan.forms.items()
         }
         if not forms:
@@ -220,3 +294,9 @@ class Walk:
         draft = narrow.edit()
         Factorize().apply(draft, self._facts, forms)
         return draft.seal(by=Factorize.name)
+
+
+def _bias_of(solved: Solved) -> Array:
+    if solved.bias is None:
+        raise AssertionError("a refitted node has a bias")
+    return solved.bias

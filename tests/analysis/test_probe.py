@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxcomp.analysis.probe import probe_feeds, random_inputs
+from onnxcomp.analysis.probe import pixel_ranges, probe_feeds, random_inputs
 from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.model import Model
 from onnxcomp.runtime import Session
@@ -66,6 +66,67 @@ def test_fixed_batch():
     assert probe_feeds(model)["x"].shape == (3, 4)
     samples = Samples({"x": np.ones((1, 4), np.float32)})
     assert probe_feeds(model, samples)["x"].shape == (3, 4)
+
+
+def normalised(body: str, kind: str = "float", **constants: object) -> Model:
+    """A model that begins with `body`, from x to n, in front of a convolution."""
+    weights = {"w": normal(4, 3, 3, 3)}
+    weights |= {name: np.asarray(value, np.float32) for name, value in constants.items()}
+    text = f"{body} y = Conv (n, w)"
+    return graph(f"{kind}[N,3,32,32] x", "float[N,4,30,30] y", text, weights)
+
+
+def per_channel(*values: float) -> np.ndarray:
+    return np.reshape(values, (3, 1, 1))
+
+
+IMAGENET = {
+    "a": per_channel(0.485, 0.456, 0.406),
+    "b": per_channel(0.229, 0.224, 0.225),
+}
+BYTES, UNITS = (0.0, 255.0), (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "constants", "expected"),
+    [
+        ("n = Div (x, a)", {"a": 255}, BYTES),
+        ("n = Mul (x, a)", {"a": 1 / 255}, BYTES),
+        ("d = Div (x, a) n = Sub (d, b)", {"a": 127.5, "b": 1}, BYTES),
+        ("d = Sub (x, a) n = Div (d, b)", {"a": 127, "b": 128}, BYTES),
+        ("n = Sub (x, a)", {"a": per_channel(104, 117, 123)}, BYTES),
+        ("n = Add (a, x)", {"a": -127}, BYTES),
+        ("d = Div (x, c) e = Sub (d, a) n = Div (e, b)", {"c": 255, **IMAGENET}, BYTES),
+        ("d = Sub (x, a) n = Div (d, b)", IMAGENET, UNITS),
+        ("d = Mul (x, a) n = Sub (d, b)", {"a": 2, "b": 1}, UNITS),
+        ("d = Sub (a, x) n = Div (d, b)", {"a": 0.5, "b": 0.5}, UNITS),
+        ("n = Identity (x)", {}, None),
+        ("n = Mul (x, a)", {"a": 3}, None),
+        ("n = Mul (x, a)", {"a": 0}, None),
+        ("n = Div (a, x)", {"a": 255}, None),
+        ("n = Add (x, x)", {}, None),
+        ("d = Relu (x) n = Div (d, a)", {"a": 255}, None),
+    ],
+)
+def test_a_normalisation_tells_the_range_of_pixels(body, constants, expected):
+    model = normalised(body, **constants)
+    assert pixel_ranges(model) == ({} if expected is None else {"x": expected})
+    found = random_inputs(model, 8).arrays["x"]
+    if expected is None:
+        assert found.mean() == pytest.approx(0, abs=1e-3)
+        assert found.std() == pytest.approx(1, abs=1e-3)
+    else:
+        low, high = expected
+        assert low <= found.min() < low + 0.1 * (high - low)
+        assert found.max() > high - 0.1 * (high - low)
+
+
+def test_layout_changes_and_casts_do_not_hide_it():
+    body = "c = Cast<to=1> (x) t = Transpose<perm=[0,1,3,2]> (c) n = Div (t, a)"
+    assert pixel_ranges(normalised(body, "float16", a=255)) == {"x": BYTES}
+    pictures = random_inputs(normalised(body, "uint8", a=255), 8).arrays["x"]
+    assert pictures.dtype == np.uint8
+    assert pictures.std() > 40
 
 
 @pytest.mark.parametrize("path", shared_models(), ids=lambda p: p.stem)

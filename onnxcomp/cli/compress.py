@@ -1,0 +1,199 @@
+"""`onnxcomp compress`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, NamedTuple, Self
+
+import typer
+
+from onnxcomp.analysis import Analysis
+from onnxcomp.cli.options import (
+    Data,
+    DryRun,
+    Exclude,
+    Force,
+    Grid,
+    Json,
+    Latency,
+    Macs,
+    MaxDrift,
+    MaxDrop,
+    Memory,
+    Methods,
+    Metric,
+    Page,
+    Params,
+    Preprocess,
+    Quiet,
+    RecipeFile,
+    Resume,
+    Seed,
+    Size,
+    Target,
+    Threads,
+    TimeLimit,
+)
+from onnxcomp.cli.output import complain, emit, inputs_of, stderr, warn
+from onnxcomp.errors import LimitError
+from onnxcomp.loading import write_model, write_text
+from onnxcomp.metrics import load_metric
+from onnxcomp.model import Model
+from onnxcomp.opening import STDOUT, Opened, check_outputs, open_model
+from onnxcomp.recipe import Recipe, dump_recipe, load_recipe, provenance, resolve
+from onnxcomp.report.html import render
+from onnxcomp.report.inspection import layer_changes
+from onnxcomp.report.progress import ProgressView
+from onnxcomp.report.text import plan_view, report_view, unmet_limits
+from onnxcomp.search.run import Result
+from onnxcomp.search.run import compress as compress_model
+from onnxcomp.search.settings import Limits
+
+
+def compress(
+    model: Path,
+    out: Annotated[Path, typer.Option("-o", metavar="OUT", help="The file to write.")],
+    max_macs: Macs = None,
+    max_params: Params = None,
+    max_size: Size = None,
+    max_latency: Latency = None,
+    max_drop: MaxDrop = None,
+    max_drift: MaxDrift = None,
+    data: Data = None,
+    preprocess: Preprocess = None,
+    metric: Metric = None,
+    recipe: RecipeFile = None,
+    methods: Methods = None,
+    exclude: Exclude = None,
+    target: Target = None,
+    grid: Grid = None,
+    time_limit: TimeLimit = None,
+    resume: Resume = None,
+    memory: Memory = None,
+    seed: Seed = None,
+    threads: Threads = None,
+    report: Page = None,
+    json_file: Json = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a model smaller and faster after training, within limits.
+
+    A limit is a share (0.5, 50%) or absolute (20M, 1.5MB).  Limits on drop or drift ask for
+    the fastest model within them, limits on costs for the most accurate one.  The best model
+    so far is in OUT at any time; the recipe is written beside it.
+    """
+    base = Recipe() if recipe is None else load_recipe(recipe)
+    flags = {
+        "limits": Limits(max_macs, max_params, max_size, max_latency, max_drop, max_drift),
+        "methods": None if methods is None else tuple(methods.split(",")),
+        "exclude": exclude,
+        "target": target,
+        "grid": grid,
+        "memory": memory,
+        "time_limit": time_limit,
+        "seed": seed,
+        "threads": threads,
+        "force": force or None,
+    }
+    settings, metric = resolve(base, flags), metric or base.metric
+    outputs = _Outputs(out, out.with_suffix(".recipe.yaml"), report, json_file)
+    limit = settings.time_limit
+    with ProgressView(stderr(), quiet=quiet, time_limit_s=limit) as progress:
+        opened = open_model(model, data, preprocess=preprocess, seed=settings.seed)
+        inputs = inputs_of(opened.model.files, data, preprocess, recipe)
+        check_outputs(outputs.by_flag(), inputs)
+        with _BestSoFar(out, inputs) as best:
+            result = compress_model(
+                opened.model,
+                opened.user_samples,
+                settings=settings,
+                metric=None if metric is None else load_metric(metric),
+                progress=progress.update,
+                dry_run=dry_run,
+                resume=resume,
+                keep=None if dry_run else best.write,
+            )
+            result.report.ladder.raise_if_failed()
+    warn(opened.warnings)
+    if dry_run:
+        _show_plan(result, json_file)
+    else:
+        sources = provenance({"model": model, "data": data, "preprocess": preprocess})
+        text = dump_recipe(settings, metric=metric, provenance=sources)
+        _deliver(result, opened, text, outputs, inputs)
+
+
+class _BestSoFar:
+    """Keeps the best model so far in the output file; an error takes it away again."""
+
+    def __init__(self, path: Path, inputs: Iterable[Path]) -> None:
+        self._path = path
+        self._inputs = inputs
+        self._skip = self._there = path.exists()
+
+    def write(self, model: Model) -> None:
+        """Write a model; the first, which is the input, only where there is no file yet."""
+        if not self._skip:
+            proto = model.to_proto(external=True)
+            write_model(proto, self._path, inputs=self._inputs, external=model.weights)
+        self._skip = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Exception) and not self._there:
+            for file in (self._path, self._path.with_name(self._path.name + ".data")):
+                file.unlink(missing_ok=True)
+
+
+class _Outputs(NamedTuple):
+    """The files that `compress` writes."""
+
+    model: Path
+    recipe: Path
+    page: Path | None
+    json: Path | None
+
+    def by_flag(self) -> dict[str, Path | None]:
+        """Return the files by the flag that names them."""
+        return dict(zip(("-o", "-o (its recipe)", "--report", "--json"), self, strict=True))
+
+
+def _show_plan(result: Result, json_file: Path | None) -> None:
+    """Print what a compression would do, and tell by the exit code whether it is enough."""
+    payload = {**result.report.to_json(), "dry_run": True}
+    emit(json_file if json_file == STDOUT else None, payload, plan_view(result.report))
+    if not result.met:
+        raise LimitError(f"limit not met: {'; '.join(unmet_limits(result.report))}")
+
+
+def _deliver(
+    result: Result,
+    opened: Opened,
+    recipe: str,
+    outputs: _Outputs,
+    inputs: Iterable[Path],
+) -> None:
+    """Write and print what a compression gave, and tell by the exit code how it ended."""
+    report = result.report
+    proto = result.model.to_proto(external=True)
+    written = write_model(proto, outputs.model, inputs=inputs, external=result.model.weights)
+    report = replace(report, result=replace(report.result, file_bytes=written))
+    write_text(outputs.recipe, recipe, inputs=inputs)
+    if outputs.page is not None:
+        before, after = (Analysis(m, opened.samples) for m in (opened.model, result.model))
+        page = render(report, layer_changes(before, after))
+        write_text(outputs.page, page, inputs=inputs)
+    emit(outputs.json, report.to_json(), report_view(report))
+    if result.interrupted:
+        complain(f"interrupted; the best so far is in {outputs.model}")
+        raise typer.Exit(130)
+    unmet = unmet_limits(report)
+    if unmet or not result.met:
+        reasons = "; ".join(unmet) or "see the notes"
+        raise LimitError(f"limit not met: {reasons}; the best is in {outputs.model}")

@@ -1,0 +1,277 @@
+"""From limits to a candidate: which plans are solved, and which of them is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnxcomp.model import Model
+from onnxcomp.passes.base import Option
+from onnxcomp.search.deadline import TimeLimitReached
+from onnxcomp.search.judge import Judge, Look, looks_memorised
+from onnxcomp.search.losses import Losses
+from onnxcomp.search.search import Candidate, Search, smaller
+from onnxcomp.search.settings import Limits
+from onnxcomp.search.space import Plan
+
+_SIZE_ROUNDS = 3
+_TIME_ROUNDS = 5
+_USED = 0.96  # share of a limit on latency that must be used up
+_CAUTION = 0.985  # factor of the predicted time after each candidate that missed a limit
+_BISECTIONS = 6
+_CLOSE = 0.85  # of a limit on drop or drift that must be used up before the search ends
+_AIM = 0.93  # share of such a limit that the next candidate aims at
+_STEP = 8.0  # largest factor between the loss bounds of two candidates
+_WEIGHTY = 0.8  # share of the predicted loss in the options that are measured again
+_SPREAD = 0.25  # of the logarithm of losses, where further plans are tried
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The candidate that is kept, and whether all limits hold."""
+
+    candidate: Candidate
+    met: bool
+
+
+class Pursuit:
+    """The way from limits to a candidate.
+
+    Args:
+        search: Where plans and candidates come from.
+        limits: Absolute limits on costs; those on drop and drift as they are.
+        share: Limit on the time, as a share of the original's; None where there is none.
+        judge: Looks at candidates on the hold-out.
+        clock: Returns the time of a model as a share of the original's.
+        keep: Called with every model that is better than all before it.
+        refine: Measure weighty options again in place, and solve a second time.
+        box: Whether to try further plans until the deadline.
+        seed: Seed of the further plans.
+        notes: Receives what the reader of the report must know.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        limits: Limits,
+        share: float | None,
+        *,
+        judge: Judge,
+        clock: Callable[[Model], float],
+        keep: Callable[[Model], None],
+        refine: bool,
+        box: bool,
+        seed: int,
+        notes: list[str],
+    ) -> None:
+        self._search = search
+        self._limits = limits
+        self._share = share
+        self._judge = judge
+        self._clock = clock
+        self._keep = keep
+        self._refine = refine
+        self._box = box
+        self._rng = np.random.default_rng(seed)
+        self._notes = notes
+        self._rest = 0.0  # seconds of the original that no plan changes, as measured
+        self._times: dict[str, float] = {}
+        self.best = Outcome(search.nothing, met=False)
+
+    def run(self) -> Outcome:
+        """Look for the best candidate until it is found or the deadline passes."""
+        plain = self._search.nothing
+        if not self._limits.judged and self._holds(plain):
+            self._take(plain, met=True)
+            return self.best
+        try:
+            if self._limits.judged:
+                self._bisect()
+            else:
+                self._approach()
+        except TimeLimitReached as reached:
+            self._notes.append(f"{reached}; the best so far was kept")
+        return self.best
+
+    def _take(self, candidate: Candidate, *, met: bool) -> None:
+        self.best = Outcome(candidate, met)
+        self._keep(candidate.model)
+
+    def _holds(self, candidate: Candidate) -> bool:
+        """Whether the limits on costs and time hold."""
+        if not self._search.within(candidate.model, self._limits):
+            return False
+        return self._share is None or self._time(candidate) <= self._share
+
+    def _time(self, candidate: Candidate) -> float:
+        """Return a candidate's measured share of the original's time."""
+        if candidate.plan.empty:
+            return 1.0
+        digest = candidate.model.digest
+        if digest in self._times:
+            return self._times[digest]
+        found = self._search.timed("latency", lambda: self._clock(candidate.model))
+        self._times[digest] = found
+        whole, part = self._search.nothing.plan.seconds, candidate.plan.seconds
+        if found < 1.0:  # found = (part + rest) / (whole + rest)
+            rest = (found * whole - part) / (1.0 - found)
+            self._rest = float(np.clip(rest, -0.5 * part, 10 * whole))
+        return found
+
+    # Limits on costs and time: the most accurate candidate within them.
+
+    def _approach(self) -> None:
+        losses = self._search.losses
+        self._pursue(losses)
+        candidate = self.best.candidate
+        if not self.best.met or candidate.plan.empty:
+            return
+        if self._refine:
+            names = weighty(candidate.plan, losses)
+            losses = self._search.measure_again(candidate, names)
+            self._pursue(losses)
+        while self._box and not self._search.deadline.passed:
+            self._pursue(_shaken(losses, self._rng))
+
+    def _pursue(self, losses: Losses) -> None:
+        """Solve by given losses until the written file and the measured time are within."""
+        limits, misses = self._limits, 0
+        seen: set[str] = set()
+        for _ in range(_SIZE_ROUNDS if self._share is None else _TIME_ROUNDS):
+            seconds = self._predicted() * _CAUTION**misses
+            plan, reason = self._search.choose(losses, limits, seconds=seconds)
+            candidate = self._search.solve(plan, losses)
+            met = self._holds(candidate)
+            self._offer(candidate, met=met)
+            if reason and not met:
+                self._notes.append(reason)
+            misses += not met
+            if plan.empty or reason or candidate.model.digest in seen:
+                break
+            seen.add(candidate.model.digest)
+            excess = candidate.model.file_bytes - (self._limits.size or np.inf)
+            if excess > 0:
+                limits = smaller(limits, excess)
+            elif met and not self._leaves_time(candidate):
+                break
+
+    def _offer(self, candidate: Candidate, *, met: bool) -> None:
+        """Keep a candidate that is better than the best so far."""
+        best = self.best
+        if met and best.met:
+            better = candidate.error < best.candidate.error
+        else:
+            better = met or not best.met
+        if better:
+            self._take(candidate, met=met)
+
+    def _leaves_time(self, candidate: Candidate) -> bool:
+        """Whether so much of the limit on the time is unused that another plan may pay."""
+        return self._share is not None and self._time(candidate) < _USED * self._share
+
+    def _predicted(self) -> float:
+        """Return the bound on predicted seconds that should give the wanted time."""
+        if self._share is None:
+            return np.inf
+        whole = self._search.nothing.plan.seconds
+        return max(self._share * (whole + self._rest) - self._rest, 1e-9)
+
+    # Limits on drop and drift: the fastest candidate within them.
+
+    def _bisect(self) -> None:
+        """Find the loss bound whose fastest plan uses up the limits on drop and drift."""
+        losses, limits = self._search.losses, self._limits
+        low, high = 0.0, np.inf
+        bound = self.first_bound
+        seen: dict[str, Look] = {}
+        for _ in range(_BISECTIONS):
+            plan = self._search.fastest(losses, bound, limits)
+            if plan is None:  # the limits on costs ask for more than this loss
+                low, bound = bound, self._between(bound, bound * _STEP, high)
+                continue
+            candidate = self._search.solve(plan, losses)
+            look = self._look(candidate, seen)
+            strain = look.strain(limits)
+            if strain <= 1.0:
+                low = bound
+                self._take(candidate, met=self._holds(candidate))
+            else:
+                high = bound
+            if _CLOSE <= strain <= 1.0 or high / max(low, 1e-30) < 1.1:
+                break
+            wanted = bound * _AIM / max(strain, 1e-6)
+            wanted = float(np.clip(wanted, bound / _STEP, bound * _STEP))
+            bound = self._between(low, wanted, high)
+        if self.best.candidate.plan.empty:
+            self.best = Outcome(self._search.nothing, self._holds(self._search.nothing))
+            self._notes.append("no plan that was tried is within the limits on drop and drift")
+        for look in seen.values():
+            if looks_memorised(look):
+                self._notes.append(
+                    "the original is right on nearly all hold-out samples, which looks as if "
+                    "it had been trained on them: points lost on new samples were estimated "
+                    "from how far the outputs move"
+                )
+                break
+
+    @property
+    def first_bound(self) -> float:
+        """Bound on the predicted loss that limits on drop and drift begin with."""
+        drop, drift = self._limits.drop, self._limits.drift
+        found = [] if drop is None else [2.0 * drop]
+        return min([*found, *([] if drift is None else [drift**2])])
+
+    @staticmethod
+    def _between(low: float, wanted: float, high: float) -> float:
+        """Return the wanted bound, or the middle of the bracket where it lies outside."""
+        if low < wanted < high:
+            return wanted
+        return float(np.sqrt(max(low, 1e-12) * min(high, 1e3)))
+
+    def _look(self, candidate: Candidate, seen: dict[str, Look]) -> Look:
+        digest = candidate.model.digest
+        if digest not in seen:
+            judge = self._judge
+            seen[digest] = self._search.timed(
+                "judge", lambda: judge.look(candidate.model, candidate.error)
+            )
+        return seen[digest]
+
+
+def weighty(plan: Plan, losses: Losses) -> list[str]:
+    """Return the nodes and groups of a plan that carry most of its predicted loss."""
+    parts: Mapping[str, float] = {
+        **{name: losses.widths[name].get(w, 0.0) for name, w in plan.widths.items()},
+        **{node: losses.forms.get(option, 0.0) for node, option in plan.forms.items()},
+    }
+    total, found, seen = sum(parts.values()), [], 0.0
+    for name in sorted(parts, key=lambda n: -parts[n]):
+        if seen > _WEIGHTY * total:
+            break
+        found.append(name)
+        seen += parts[name]
+    return found
+
+
+def _shaken(losses: Losses, rng: np.random.Generator) -> Losses:
+    """Return losses multiplied by random factors, one for each node and group."""
+    factors: dict[str, float] = {}
+
+    def factor(name: str) -> float:
+        if name not in factors:
+            factors[name] = float(np.exp(_SPREAD * rng.standard_normal()))
+        return factors[name]
+
+    def shaken(option: Option, lost: float) -> float:
+        return lost * factor(option.target)
+
+    return replace(
+        losses,
+        forms={o: shaken(o, lost) for o, lost in losses.forms.items()},
+        widths={
+            name: {w: lost * factor(name) for w, lost in widths.items()}
+            for name, widths in losses.widths.items()
+        },
+    )
