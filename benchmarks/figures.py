@@ -33,6 +33,8 @@ METHODS: Mapping[str, Style] = {
 }
 OTHERS = ("widths", "output_basis", "svd", "magnitude", "magnitude_statistics")
 """The methods of `baselines`, which take a share of the MACs."""
+ONNXSIM = ("wanda", "l2")
+"""The rankings of `peers`, which take a sparsity."""
 
 
 def require_matplotlib() -> None:

@@ -37,6 +37,7 @@ from benchmarks.common import (
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.probe import random_inputs
 from onnxcomp.analysis.target import find_target
+from onnxcomp.errors import ParameterError
 from onnxcomp.search.working import finish, prepare, working_model
 
 IMAGENET = ("resnet18_imagenet", "resnet50_imagenet")
@@ -44,15 +45,16 @@ CIFAR = ("akamaster_cifar10_resnet20", "akamaster_cifar10_resnet56")
 GOALS: Mapping[str, float] = dict.fromkeys(IMAGENET, 0.05) | dict.fromkeys(CIFAR, 0.15)
 MIN_VARIANTS = 20
 LATENCY_SECONDS = 240.0
-Variant = tuple[str, float, int]  # kind, share kept, multiple that sizes are rounded to
+Variant = tuple[str, float, int]
+"""Kind, share that is kept of widths or full ranks, and multiple that sizes are rounded to."""
 ON_GRID: tuple[Variant, ...] = (
     (WIDTHS, 0.75, 16),
     (WIDTHS, 0.5, 16),
     ("all widths", 0.7, 16),
     ("output_basis", 0.5, 16),
     ("input_basis", 0.5, 16),
-    ("spatial", 0.5, 16),
-    ("spatial", 0.75, 16),
+    ("spatial", 1 / 6, 16),
+    ("spatial", 1 / 4, 16),
     ("tucker2", 0.5, 16),
 )
 SMALL: tuple[Variant, ...] = (
@@ -61,7 +63,7 @@ SMALL: tuple[Variant, ...] = (
     (WIDTHS, 0.25, 4),
     ("all widths", 0.75, 4),
     ("input_basis", 0.5, 4),
-    ("spatial", 0.5, 8),
+    ("spatial", 1 / 4, 8),
 )
 FREE: tuple[Variant, ...] = ((WIDTHS, 0.62, 1), ("input_basis", 0.37, 1))
 
@@ -172,6 +174,9 @@ def make(
     Returns:
         For every variant its `file`, its share of the `macs`, and by target the `predicted`
         speedup.
+
+    Raises:
+        ParameterError: A variant changes nothing.
     """
     network = onnxcomp.load(file_of(model))
     samples = random_inputs(network, 2)
@@ -182,7 +187,10 @@ def make(
         space = spaces[targets[0]]
         whole = kind.startswith("all ")
         plan = uniform_plan(space, kind.removeprefix("all "), share, step=step, trunks=whole)
-        file = f"{stem}-{kind.replace(' ', '_')}-{share:g}-{step}.onnx"
+        if plan.empty:
+            allowed = f"a smaller share than {share:g} for {kind}"
+            raise ParameterError.of("make", "variants", allowed, share)
+        file = f"{stem}-{kind.replace(' ', '_')}-{share:.3g}-{step}.onnx"
         finish(written(space, plan)).save(file)
         predicted = {
             target: each.seconds({}, {}) / each.seconds(plan.widths, plan.forms)
@@ -198,7 +206,7 @@ def _table(rows: Sequence[dict[str, Any]], targets: Sequence[str]) -> Table:
         (
             row["network"].removeprefix("akamaster_cifar10_"),
             row["variant"][0],
-            f"{row['variant'][1]:g}",
+            f"{row['variant'][1]:.3g}",
             str(row["variant"][2]),
             percent(row["macs"]),
             f"{row['median_ms_original']:.2f} -> {row['median_ms']:.2f}",

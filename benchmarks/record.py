@@ -24,6 +24,7 @@ from benchmarks.common import (
     Options,
     Outcome,
     SkippedError,
+    manifest,
     model_path,
     run_child,
     run_jobs,
@@ -41,12 +42,15 @@ from benchmarks.record_tables import (
     table,
 )
 
-MODELS = (RESNET56, RESNET20, "mlperftiny_cifar10_resnet8")
+QUICK_MODEL = "mlperftiny_cifar10_resnet8"
+MODELS = (RESNET56, RESNET20, QUICK_MODEL)
 SEEDS = (0, 1, 2)
 GRIDS = ("off", "auto")
 SHARES = (0.7, 0.5, 0.4, 0.3)
 LATENCIES = (0.62, 0.5)
 QUICK_IMAGES = 500  # to judge on
+QUICK_METHODS = ("widths", "svd", "magnitude", "l2")
+QUICK_MEMORY = 3e7
 SPARSITIES = (0.3, 0.5, 0.6, 0.7)
 LATENCY_SECONDS = 180.0
 _TIMEOUT_S = 7200.0
@@ -112,11 +116,7 @@ def _cases(quick: bool) -> list[Case]:
     macs = tuple(("macs", share) for share in SHARES)
     times = tuple(("max_latency", share) for share in LATENCIES)
     if quick:
-        return [
-            Case(RESNET20, FEW_IMAGES, "off", 0, macs[1:2]),
-            Case(RESNET20, FEW_IMAGES, "off", 1, macs[1:2]),
-            Case(RESNET20, FEW_IMAGES, "auto", 0, (macs[1], times[0])),
-        ]
+        return [Case(QUICK_MODEL, FEW_IMAGES, "auto", seed, macs[1:2]) for seed in SEEDS[:2]]
     found = [
         Case(m, IMAGES, grid, seed, macs + (times if (m, grid) == (RESNET56, "auto") else ()))
         for m in MODELS
@@ -129,14 +129,17 @@ def _cases(quick: bool) -> list[Case]:
 def _others(quick: bool) -> list[tuple[str, str, float, int]]:
     """Return network, method, sparsity or share, and images of all comparisons."""
     shares, sparsities = (SHARES[1:2], SPARSITIES[1:2]) if quick else (SHARES, SPARSITIES)
-    amounts = dict.fromkeys(figures.OTHERS, shares) | dict.fromkeys(
-        ("l2", "wanda"), sparsities
-    )
+    amounts = {
+        **dict.fromkeys(figures.OTHERS, shares),
+        **dict.fromkeys(figures.ONNXSIM, sparsities),
+    }
     return [
         (model, method, amount, FEW_IMAGES if quick else IMAGES)
-        for model in ((RESNET20,) if quick else MODELS)
+        for model in ((QUICK_MODEL,) if quick else MODELS)
         for method, each in amounts.items()
+        if not quick or method in QUICK_METHODS
         for amount in each
+        if method != "magnitude_statistics" or "BatchNormalization" in manifest()[model]["ops"]
     ]
 
 
@@ -156,6 +159,7 @@ def _search_job(case: Case, options: Options) -> Job:
         "grid": case.grid,
         "seed": case.seed,
         "target": options.target,
+        **({"memory": QUICK_MEMORY} if options.quick else {}),
     }
     return Job("benchmarks.record:search", arguments, timeout_s=_TIMEOUT_S)
 
@@ -184,7 +188,7 @@ def _other_job(model: str, method: str, amount: float, images: int, folder: Path
         "out": _other_file(model, method, amount, folder),
     }
     fit = {"data": str(Case(model, images, "", SEEDS[0], ()).fit(folder))}
-    if method in ("l2", "wanda"):
+    if method in figures.ONNXSIM:
         arguments |= fit | {"sparsity": amount, "ranking": method}
         return Job("benchmarks.peers:prune", arguments)
     arguments["share"] = amount
@@ -247,7 +251,7 @@ def _other(
         "method": method,
         "images": images,
         "grid": None,
-        "limit": ["sparsity" if method in ("l2", "wanda") else "macs", amount],
+        "limit": ["sparsity" if method in figures.ONNXSIM else "macs", amount],
         "seed": SEEDS[0],
     }
     if isinstance(answer, ChildError):

@@ -151,8 +151,8 @@ def notes(
         "replacement; three seeds tell little about other seeds, so their deviation is shown",
         "speedup: the first seed's models, one thread, interleaved with the original",
         "table: measuring the losses, once for all limits of a seed and grid; model: all the "
-        "rest for one limit, walks that solve plans included; peak memory: of the process that "
-        "made all models of a seed and grid",
+        "rest for one limit; walk: solving its plans; peak memory: of the process that made "
+        "all models of a seed and grid",
         "the other methods were given the images of the first seed",
         *(
             f"{short(model)}: original {percent(found['top1'], 2)}, "

@@ -32,6 +32,8 @@ from onnxcomp.runtime import Session
 
 _WARM_UPS = 3
 _MIN_ROUNDS = 3
+_MIN_VISITS = 20
+_HALF_WIDTH = 0.01
 _MIN_TIMING_NS = 1_000_000
 _MAX_REPEATS = 1000
 _RESAMPLES = 1000
@@ -133,11 +135,11 @@ def paired_latency(
     *,
     threads: int = 1,
     max_visits: int = 200,
-    min_visits: int = 20,
+    min_visits: int = _MIN_VISITS,
     runs_per_visit: int = 5,
     seed: int = 0,
     time_limit_s: float = 60,
-    target_half_width: float = 0.01,
+    target_half_width: float = _HALF_WIDTH,
 ) -> Benchmark:
     """Measure the latency of models against the first of them, as deployed.
 
@@ -187,6 +189,20 @@ def paired_latency(
                 break
     warnings = _warnings(timings, visits, min_visits, target_half_width)
     return Benchmark(timings[:-1], timings[-1], visits, rounds, machine, warnings)
+
+
+def recorded_latency(recordings: Sequence[Recording], machine: Machine) -> Benchmark:
+    """Return the result of a measurement that was made elsewhere, as `paired_latency` does.
+
+    Args:
+        recordings: One per model, then that of the A/A control; all of the same visits, at
+            least one in every round.
+        machine: Where it was made.
+    """
+    timings = _summarize(recordings, cpu=machine.threads == 1, seed=0)
+    rounds = [len(visits) for visits in recordings[0].wall]
+    warnings = _warnings(timings, sum(rounds), _MIN_VISITS, _HALF_WIDTH)
+    return Benchmark(timings[:-1], timings[-1], sum(rounds), len(rounds), machine, warnings)
 
 
 def is_slower(benchmark: Benchmark, index: int) -> bool:
@@ -242,15 +258,29 @@ def bootstrap_ratio(rounds: Sequence[Sequence[float]], *, seed: int = 0) -> Rati
 
 
 @dataclass(eq=False)
-class _Entrant:
-    """A model in the measurement: its current session and all its times, in ns per run."""
+class Recording:
+    """Times of one model.
 
-    model: Model
-    session: Session = field(init=False)
-    repeats: int = field(init=False)
+    Attributes:
+        wall: Per round of sessions the median wall time of every visit, in ns per run.
+        cpu: The same of CPU time.
+        timings: All wall times, in ns per run.
+    """
+
     wall: list[list[float]] = field(default_factory=list)
     cpu: list[list[float]] = field(default_factory=list)
     timings: list[float] = field(default_factory=list)
+
+
+class _Entrant(Recording):
+    """A model in the measurement: its current session and all its times."""
+
+    session: Session
+    repeats: int
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
 
     def open(self, feeds: Mapping[str, Array], threads: int) -> None:
         """Begin a round: a fresh session, warmed up, and how many runs a timing spans."""
@@ -297,7 +327,7 @@ def _visit(
     return visits
 
 
-def _summarize(entrants: Sequence[_Entrant], *, cpu: bool, seed: int) -> tuple[Timing, ...]:
+def _summarize(entrants: Sequence[Recording], *, cpu: bool, seed: int) -> tuple[Timing, ...]:
     first = entrants[0]
     timings = []
     for entrant in entrants:

@@ -65,6 +65,11 @@ CHAINS: tuple[str, ...] = (
     *("64@8 8x conv3:16 conv1:64", "32@16 8x conv3:4 conv1:32"),
     *("64@56 4x conv1:32 conv3:32 conv1:64", "128@28 6x conv1:32 conv3:32 conv1:128"),
     *("512@7 4x conv1:128 conv3:128 conv1:512", "64@8 8x conv1:16 conv3:16 conv1:64"),
+    # less than a block in between
+    *("64@8 8x conv1:12 conv1:64", "32@16 8x conv1:12 conv1:32", "32@16 8x conv1:4 conv1:32"),
+    *("64@8 8x conv3x1:12 conv1x3:64", "16@32 8x conv3x1:4 conv1x3:16"),
+    *("16@32 8x conv1:4 conv3:16", "32@16 8x conv1:4 conv3:4 conv1:32"),
+    *("64@28 6x conv1:12 conv1:64", "64@28 4x conv3:8 conv3:64", "64@8 8x conv3:8 conv3:64"),
     # without a blocked kernel
     *("61@28 4x conv3:61", "61@8 8x conv3:61", "30@16 8x conv1:30", "250@14 4x conv1:250"),
     *("64@28 4x conv1:31 conv3:31 conv1:64", "30@28 4x dw3"),

@@ -83,7 +83,9 @@ def parse_latency(text: str) -> float:
         ParameterError: It is neither.
     """
     with suppress(ParameterError):
-        return 1e6 * parse_duration(text)
+        microseconds = 1e6 * parse_duration(text)
+        if microseconds > 1:  # less would read as a share
+            return microseconds
     try:
         value = parse_quantity(text)
     except ParameterError:
@@ -257,7 +259,10 @@ def _limits(where: str, value: Any) -> Limits:
                 f"{where}: unknown key {key!r} in 'limits'; known are {', '.join(known)}"
             )
     given = {key: item for key, item in value.items() if item is not None}
-    numbers = {k: _converted(where, f"limits.{k}", item, float) for k, item in given.items()}
+    numbers = {
+        key: _converted(where, f"limits.{key}", item, key if key in _KINDS else float)
+        for key, item in given.items()
+    }
     try:
         return Limits(**numbers)
     except ParameterError as error:
@@ -290,6 +295,16 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _latency(value: Any) -> float:
+    return parse_latency(value) if isinstance(value, str) else _number(value)
+
+
+def _optional_duration(value: Any) -> float | None:
+    if isinstance(value, str):
+        return parse_duration(value)
+    return None if value is None else _number(value)
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError
@@ -307,6 +322,8 @@ _KINDS: Mapping[Any, tuple[str, Callable[[Any], Any]]] = {
     str | None: ("a text", _optional_text),
     int: ("a whole number", _whole),
     float: ("a number, with a unit or without", _number),
+    float | None: ("seconds, or a time with its unit (10m)", _optional_duration),
+    "latency": ("a share, microseconds, or a time with its unit (4ms)", _latency),
     bool: ("true or false", _flag),
     tuple[str, ...]: ("a list of names", _names),
 }

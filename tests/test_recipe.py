@@ -14,6 +14,8 @@ from onnxcomp.recipe import (
     Recipe,
     dump_recipe,
     load_recipe,
+    parse_duration,
+    parse_latency,
     parse_quantity,
     provenance,
     resolve,
@@ -21,7 +23,7 @@ from onnxcomp.recipe import (
 from onnxcomp.search.settings import Limits, Settings
 
 OTHER = Settings(
-    limits=Limits(macs=0.5, size=1.5e6),
+    limits=Limits(macs=0.5, size=1.5e6, latency=4000.0, drop=0.01, drift=0.05),
     methods=("factorize",),
     target="x86-avx2",
     grid="off",
@@ -32,6 +34,7 @@ OTHER = Settings(
     threads=2,
     memory=4e9,
     solver_seconds=5.0,
+    time_limit=600.0,
     latency=False,
     force=True,
 )
@@ -104,6 +107,11 @@ def test_flag_over_recipe_over_default(tmp_path):
         ({"limits": {"mac": 1}}, "unknown key 'mac' in 'limits'"),
         ({"limits": {"macs": -1}}, "'macs' must be a number above 0"),
         ({"limits": {"macs": "150%"}}, "'limits.macs' must be a number"),
+        ({"limits": {"latency": "4 parsecs"}}, "'limits.latency' must be a share, micros"),
+        ({"limits": {"latency": True}}, "'limits.latency' must be a share, micros"),
+        ({"limits": {"drop": "1ms"}}, "'limits.drop' must be a number"),
+        ({"time_limit": "soon"}, "'time_limit' must be seconds, or a time"),
+        ({"time_limit": True}, "'time_limit' must be seconds, or a time"),
         ({"metric": 3}, "'metric' must be a name"),
         ({"schema_version": 2}, "'schema_version' must be 1; got 2"),
     ],
@@ -111,6 +119,18 @@ def test_flag_over_recipe_over_default(tmp_path):
 def test_wrong_content_names_file_and_key(tmp_path, content, message):
     with pytest.raises(ParameterError, match=f"recipe.yaml: .*{message}"):
         load_recipe(write(tmp_path, **content))
+
+
+def test_times_in_a_recipe_read_as_they_do_in_flags(tmp_path):
+    text = "schema_version: 1\ntime_limit: 10m\nlimits: {latency: 4ms, drop: 1%}\n"
+    settings = resolve(load_recipe(saved(tmp_path, text)), {})
+    assert settings.time_limit == 600.0
+    assert settings.limits == Limits(latency=4000.0, drop=0.01)
+    text = "schema_version: 1\ntime_limit: 90\nlimits: {latency: 60%}\n"
+    settings = resolve(load_recipe(saved(tmp_path, text)), {})
+    assert (settings.time_limit, settings.limits.latency) == (90.0, 0.6)
+    with pytest.raises(ParameterError, match=r"recipe\.yaml: 'time_limit' must be above 0 s"):
+        resolve(load_recipe(write(tmp_path, time_limit=-1)), {})
 
 
 @pytest.mark.parametrize("text", ["- a\n", "a: [", "\x00", "a: !!python/object:os.x {}", ""])
@@ -169,6 +189,46 @@ def test_quantities(text, value):
 def test_no_quantities(text):
     with pytest.raises(ParameterError, match="is no positive number"):
         parse_quantity(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90s", 90.0),
+        ("10m", 600.0),
+        ("10 min", 600.0),
+        ("1h", 3600.0),
+        ("4ms", 0.004),
+        ("800us", 8e-4),
+        ("1.5H", 5400.0),
+        ("2e3ms", 2.0),
+    ],
+)
+def test_durations(text, seconds):
+    assert math.isclose(parse_duration(text), seconds, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "10", "0s", "-1s", "nan", "s", "1e999h", "5d", "10%", "1..5s", "10M B"]
+)
+def test_no_durations(text):
+    with pytest.raises(ParameterError, match="is no positive number with one of the units us"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0.6", 0.6), ("60%", 0.6), ("1", 1.0), ("4ms", 4000.0), ("800us", 800.0), ("1s", 1e6)],
+)
+def test_latencies_are_shares_or_microseconds(text, value):
+    assert math.isclose(parse_latency(text), value, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-4ms", "2", "4000", "150%", "4 parsecs", "0.5us"])
+def test_no_latencies(text):
+    """A bare number above 1 has no unit, and a share is never read out of a time."""
+    with pytest.raises(ParameterError, match="neither a share of the original's time"):
+        parse_latency(text)
 
 
 def test_provenance_tells_files_and_versions(tmp_path):

@@ -1,41 +1,57 @@
 """What the target CPU rewards: the grid of widths and ranks, and predicted milliseconds.
 
-The latency model is linear in six features of a convolution; its coefficients and the grids
-come from measurements on onnxruntime's CPU kernels.  It ranks options during the search; what
+The latency model is linear in a few amounts of work of a convolution (FLOPs, bytes, nodes);
+its coefficients and the grids come from measurements on onnxruntime's CPU kernels.  Shapes
+that were measured themselves are looked up.  The model ranks options during the search; what
 is reported is always measured.
+
+A target is built in, or it comes from a file that `onnxcomp calibrate` wrote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from onnxcomp.errors import ParameterError
+from onnxcomp.json_fields import Fields, read_json
 
+SCHEMA_VERSION = 1
+KIND = "onnxcomp-target"
 _FLOAT_BYTES = 4
-
+_IMAGE_CHANNELS = 3
+_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_PRODUCTS = ("Gemm", "MatMul")
 
 # Nanoseconds per output element of operators that onnxruntime does not fuse into a
-# convolution, measured on one AVX-512 core; Sigmoid and Mul together are fused into SiLU.
+# convolution, with the change of layout that some of them (Elu, Erf, PRelu, Slice, ...) need
+# on both sides; Sigmoid and Mul together are fused into SiLU.  A residual Add is fused, too.
+# Measured where the profile x86-avx512 was; Pad as Slice.
 ELEMENT_NS = MappingProxyType(
     {
-        "Sigmoid": 0.1,
-        "Mul": 0.05,
-        "Tanh": 0.22,
-        "HardSwish": 0.24,
-        "HardSigmoid": 0.1,
-        "Elu": 0.25,
-        "Erf": 0.3,
-        "PRelu": 0.2,
-        "Concat": 0.1,
-        "Slice": 0.1,
-        "Split": 0.1,
-        "Pad": 0.1,
-        "Resize": 0.2,
-        "Upsample": 0.2,
-        "MaxPool": 0.3,
-        "BatchNormalization": 0.1,
+        "Add": 0.02,
+        "Sigmoid": 0.08,
+        "Mul": 0.28,
+        "Tanh": 0.43,
+        "HardSwish": 0.48,
+        "HardSigmoid": 0.2,
+        "Elu": 2.2,
+        "Erf": 0.9,
+        "PRelu": 0.92,
+        "Concat": 0.35,
+        "Slice": 0.33,
+        "Split": 0.35,
+        "Pad": 0.33,
+        "Resize": 0.35,
+        "Upsample": 0.35,
+        "MaxPool": 0.25,
+        "AveragePool": 0.3,
+        "BatchNormalization": 0.18,
     }
 )
 
@@ -76,30 +92,81 @@ class Convolution:
 
 
 @dataclass(frozen=True)
+class Costs:
+    """Coefficients of the latency model, in picoseconds per FLOP or byte.
+
+    Attributes:
+        direct: FLOP of blocked kernels, channels rounded up to blocks.
+        narrow: FLOP of a block of output channels that is left over when blocks are taken
+            four at a time, on top of `direct`.
+        depthwise: FLOP of depthwise kernels.
+        fallback: FLOP of convolutions by im2col.
+        im2col: Byte that im2col writes (ConvTranspose: that col2im reads).
+        product: FLOP of matrix products of several rows.
+        vector: Byte of the weight of matrix products of one row.
+        weight: Byte of weights elsewhere.
+        activation: Byte of inputs and outputs.
+        reorder: Byte of inputs of less than a block of channels, which lose their blocks.
+        node: The same per node, in nanoseconds.
+    """
+
+    direct: float
+    narrow: float
+    depthwise: float
+    fallback: float
+    im2col: float
+    product: float
+    vector: float
+    weight: float
+    activation: float
+    reorder: float
+    node: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where a target was measured, and how well the model fits there.
+
+    Attributes:
+        cpu: Model name of the processor.
+        architecture: Instruction set, such as `x86_64`.
+        onnxruntime: Version of onnxruntime.
+        threads: Intra-op threads.
+        chains: Micro-chains that were fitted.
+        median_error: Median relative error of a chain's time when it is left out of the fit.
+        p90_error: 90th percentile of the same.
+    """
+
+    cpu: str
+    architecture: str
+    onnxruntime: str
+    threads: int
+    chains: int
+    median_error: float
+    p90_error: float
+
+
+@dataclass(frozen=True)
 class Target:
     """A profile of a CPU.
 
     Attributes:
-        name: What `--target` calls it.
+        name: What `--target` calls it, or the CPU that it was measured on.
         block: Channels that the blocked kernels round up to.
         small: Sizes below one block that still pay.
-        direct_flops: FLOP/s of blocked kernels.
-        fallback_flops: FLOP/s of im2col and matrix products.
-        im2col_bytes: Byte/s of im2col.
-        weight_bytes: Byte/s of weights.
-        activation_bytes: Byte/s of activations.
-        node_seconds: Seconds per node.
+        costs: Coefficients of the latency model.
+        element_ns: Nanoseconds per output element, by elementwise operator.
+        table: Measured seconds of shapes, which the formula does not predict then.
+        calibration: Where it was measured; None for built-in profiles.
     """
 
     name: str
     block: int
     small: tuple[int, ...]
-    direct_flops: float = 256e9
-    fallback_flops: float = 214e9
-    im2col_bytes: float = 55e9
-    weight_bytes: float = 124e9
-    activation_bytes: float = 81e9
-    node_seconds: float = 0.77e-6
+    costs: Costs
+    element_ns: tuple[tuple[str, float], ...] = tuple(ELEMENT_NS.items())
+    table: tuple[tuple[Convolution, float], ...] = ()
+    calibration: Calibration | None = None
 
     def sizes(self, total: int, *, step: int | None = None) -> tuple[int, ...]:
         """Return the widths or ranks below `total` that the target rewards, ascending.
@@ -118,57 +185,208 @@ class Target:
         return tuple(sorted(s for s in sizes if 0 < s < total))
 
     def seconds(self, conv: Convolution) -> float:
-        """Return the predicted seconds of one convolution on one thread, at batch 1."""
-        c, m, g, k = conv.in_channels, conv.out_channels, conv.groups, conv.kernel
-        up_c, up_m = self._up(c), self._up(m)
-        depthwise = g > 1 and g == c and c % 4 == 0
-        aligned = g > 1 and (c // g) % self.block == 0 and (m // g) % self.block == 0
-        blocked = conv.op == "Conv" and (
-            depthwise or aligned or (g == 1 and (c % 4 == 0 or c < self.block))
-        )
-        work = 2.0 * conv.macs
-        seconds = self.node_seconds
-        if not blocked:
-            seconds += work / self.fallback_flops
-            copied = 0.5 if k == 1 else 2.0
-            if conv.op not in ("Gemm", "MatMul"):
-                seconds += 4.0 * conv.out_positions * c * k * copied / self.im2col_bytes
-        elif not depthwise:
-            if g == 1:
-                work = 2.0 * conv.out_positions * (c if c < self.block else up_c) * up_m * k
-            seconds += work / self.direct_flops
-        weights = up_c * up_m * k if g == 1 else conv.weights
-        seconds += _FLOAT_BYTES * weights / self.weight_bytes
-        moved = up_c * conv.in_positions + up_m * conv.out_positions
-        return seconds + _FLOAT_BYTES * moved / self.activation_bytes
+        """Return the seconds of one convolution at batch 1, measured or predicted."""
+        measured = self._measured.get(conv)
+        return self.predicted_seconds(conv) if measured is None else measured
+
+    def predicted_seconds(self, conv: Convolution) -> float:
+        """Return what the formula predicts for one convolution, in seconds."""
+        terms = work_terms(conv, self.block)
+        return float(1e-12 * sum(getattr(self.costs, n) * w for n, w in terms.items()))
 
     def chain_seconds(self, chain: Sequence[Convolution]) -> float:
         """Return the predicted seconds of convolutions one after the other."""
         return sum(self.seconds(conv) for conv in chain)
 
-    def _up(self, channels: int) -> int:
-        return -(-channels // self.block) * self.block
+    def element_seconds(self, op: str, elements: float) -> float:
+        """Return the predicted seconds of an operator that is no convolution.
 
+        Args:
+            op: The operator; those that are fused or not known take no time.
+            elements: Elements of its output, per sample.
+        """
+        return 1e-9 * self._elements.get(op, 0.0) * elements
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the target as plain JSON values."""
+        calibration = self.calibration
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "kind": KIND,
+            "name": self.name,
+            "block": self.block,
+            "small": list(self.small),
+            "costs": dataclasses.asdict(self.costs),
+            "element_ns": dict(self.element_ns),
+            "table": [
+                {**dataclasses.asdict(conv), "seconds": seconds}
+                for conv, seconds in self.table
+            ],
+            "calibration": None if calibration is None else dataclasses.asdict(calibration),
+        }
+
+    @classmethod
+    def from_json(cls, data: object, source: str) -> Target:
+        """Return the target that `to_json` wrote.
+
+        Args:
+            data: What JSON held.
+            source: Where it came from, for error messages.
+
+        Raises:
+            ParameterError: Something is missing, unknown or impossible.
+        """
+        fields = Fields(data, source)
+        fields.check_header(KIND, SCHEMA_VERSION)
+        block = fields.whole("block")
+        small = fields.wholes("small")
+        if any(size >= block for size in small) or list(small) != sorted(set(small)):
+            raise fields.error("small", f"ascending and below the block, {block}", small)
+        calibration = fields.get("calibration")
+        found = cls(
+            name=fields.text("name"),
+            block=block,
+            small=small,
+            costs=fields.within("costs").record(Costs),
+            element_ns=tuple(fields.within("element_ns").numbers().items()),
+            table=tuple(_table_entry(entry) for entry in fields.each("table")),
+            calibration=None
+            if calibration is None
+            else fields.within("calibration").record(Calibration),
+        )
+        fields.check_nothing_left()
+        if found.costs.activation + found.costs.node <= 0:
+            raise fields.error("costs", "above 0 in activation or node", fields.get("costs"))
+        return found
+
+    @cached_property
+    def _measured(self) -> Mapping[Convolution, float]:
+        return dict(self.table)
+
+    @cached_property
+    def _elements(self) -> Mapping[str, float]:
+        return dict(self.element_ns)
+
+
+def work_terms(conv: Convolution, block: int) -> dict[str, float]:
+    """Return the work of a convolution that the latency model counts, by field of `Costs`.
+
+    Rules of dispatch as measured with onnxruntime 1.31: blocked kernels take inputs of a
+    multiple of four channels, or of less than a block.  Of the latter any number runs in the
+    direct kernel (5..15 that are no multiple of four, too); what grows with it is the reorder
+    in front, except where the input is an image.
+
+    Args:
+        conv: The convolution.
+        block: Channels that the blocked kernels round up to.
+    """
+    c, m, g, k = conv.in_channels, conv.out_channels, conv.groups, conv.kernel
+    weights, flops = _FLOAT_BYTES * conv.weights, 2.0 * conv.macs
+    moved = _FLOAT_BYTES * (c * conv.in_positions + m * conv.out_positions)
+    if conv.op in _PRODUCTS:
+        if conv.out_positions == 1:
+            return {"vector": weights, "node": 1e3}
+        return {"product": flops, "weight": weights, "activation": moved, "node": 1e3}
+    depthwise = g > 1 and g == c == m and c % 4 == 0
+    aligned = g > 1 and (c // g) % block == 0 and (m // g) % block == 0
+    blocked = conv.op == "Conv" and (
+        depthwise or aligned or (g == 1 and (c % 4 == 0 or c < block))
+    )
+    if not blocked:
+        copied = (
+            conv.in_positions * m if conv.op == "ConvTranspose" else conv.out_positions * c
+        )
+        return {
+            "fallback": flops,
+            "im2col": _FLOAT_BYTES * copied * k if k > 1 else 0.0,
+            "weight": weights,
+            "activation": moved,
+            "node": 1e3,
+        }
+    up_c, up_m = (-(-n // block) * block for n in (c, m))
+    moved = _FLOAT_BYTES * (up_c * conv.in_positions + up_m * conv.out_positions)
+    found = {"weight": weights, "activation": moved, "node": 1e3}
+    if depthwise:
+        return {**found, "depthwise": 2.0 * conv.out_positions * up_m * k}
+    if g == 1:
+        flops = 2.0 * conv.out_positions * (c if c < block else up_c) * up_m * k
+        found["weight"] = _FLOAT_BYTES * up_c * up_m * k
+    blocks = -(-(m // g) // block)
+    found["direct"] = flops
+    found["narrow"] = flops / blocks if blocks % 4 == 1 else 0.0
+    if _IMAGE_CHANNELS < c < block:
+        found["reorder"] = _FLOAT_BYTES * c * conv.in_positions
+    return found
+
+
+def _table_entry(fields: Fields) -> tuple[Convolution, float]:
+    """Return a shape and its measured seconds."""
+    seconds = fields.number("seconds")
+    if not seconds:
+        raise fields.error("seconds", "above 0", seconds)
+    return read_convolution(fields), seconds
+
+
+def read_convolution(fields: Fields) -> Convolution:
+    """Return the shape that an object holds, besides what was read from it already."""
+    found = fields.record(Convolution)
+    if found.op not in _OPS:
+        raise fields.error("op", f"one of {', '.join(_OPS)}", found.op)
+    if found.in_channels % found.groups or found.out_channels % found.groups:
+        raise fields.error("groups", "a divisor of both channels", found.groups)
+    return found
+
+
+_AVX512 = Costs(
+    direct=6.9,
+    narrow=2.2,
+    depthwise=12.6,
+    fallback=12.0,
+    im2col=70.0,
+    product=8.7,
+    vector=68.0,
+    weight=98.0,
+    activation=11.0,
+    reorder=330.0,
+    node=570.0,
+)
+_AVX2 = replace(_AVX512, direct=14.0, narrow=0.0, depthwise=25.0, fallback=24.0, product=17.0)
+_ARM64 = replace(_AVX2, direct=50.0, depthwise=50.0, fallback=50.0, product=50.0, reorder=0.0)
 
 TARGETS = MappingProxyType(
     {
         target.name: target
         for target in (
-            Target("x86-avx512", block=16, small=(4, 8, 12)),
-            Target("x86-avx2", block=8, small=(4,), direct_flops=128e9, fallback_flops=107e9),
-            Target("arm64", block=4, small=(), direct_flops=40e9, fallback_flops=40e9),
+            Target("x86-avx512", 16, (4, 8, 12), _AVX512),
+            Target("x86-avx2", 8, (4,), _AVX2),
+            Target("arm64", 4, (), _ARM64),
         )
     }
 )
-"""Built-in profiles; only x86-avx512 was fitted to measurements."""
+"""Built-in profiles.  Only x86-avx512 was measured: on a server core of 2024 (Xeon with
+AVX-512 and AMX, 2.6 GHz, 2 MiB of L2) with onnxruntime 1.31 on one thread."""
 
 
 def find_target(name: str) -> Target:
-    """Return a built-in profile.
+    """Return a built-in profile, or the one that a file holds.
+
+    Args:
+        name: Name of a built-in profile; or path of what `onnxcomp calibrate` wrote, or of
+            the `result.json` of a bench kit with micro-chains.
 
     Raises:
-        ParameterError: There is none of that name.
+        ParameterError: There is no profile of that name, or the file holds none.
     """
-    if name not in TARGETS:
-        raise ParameterError.choice("find_target", "target", TARGETS, name)
-    return TARGETS[name]
+    if name in TARGETS:
+        return TARGETS[name]
+    path = Path(name)
+    if not (path.is_file() or path.suffix == ".json"):
+        allowed = f"one of {', '.join(sorted(TARGETS))}, or a file of `onnxcomp calibrate`"
+        raise ParameterError.of("find_target", "target", allowed, name)
+    data = read_json(path)
+    if Fields(data, name).get("kind") == KIND:
+        return Target.from_json(data, name)
+    from onnxcomp.calibration import fit_target  # which needs `Target`
+    from onnxcomp.kit import parse_result
+
+    return fit_target(parse_result(data, name))

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from onnxcomp.cli import bench, compare, compress, inspect
+from onnxcomp.cli import bench, calibrate, compare, compress, inspect
 from onnxcomp.cli.output import complain
 from onnxcomp.errors import OnnxcompError
 
@@ -75,5 +75,11 @@ def _onnxcomp(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
 
 
-for _command in (inspect.inspect, compress.compress, compare.compare, bench.bench):
+for _command in (
+    inspect.inspect,
+    compress.compress,
+    compare.compare,
+    bench.bench,
+    calibrate.calibrate,
+):
     app.command()(_command)

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from onnxcomp.report import Action, Figures, Report
     from onnxcomp.report.comparison import Comparison
     from onnxcomp.report.inspection import Inspection, Port
+    from onnxcomp.search.settings import Limits
 
 _MOST_ACTIONS = 30
 _MOST_REASONS = 10
 _MOST_NAMES = 3
+_TIMING_NOISE = 0.01  # by which a second measurement of the same pair may differ
 
 
 def clean(text: object) -> str:
@@ -81,11 +83,29 @@ def unmet_limits(report: Report) -> list[str]:
         ("--max-params", limits.params, result.params, count),
         ("--max-size", limits.size, result.file_bytes, size),
     )
-    return [
+    broken = [
         f"{flag} {show(limit)}: found {show(value)}"
         for flag, limit, value, show in found
         if limit is not None and value > limit
     ]
+    return broken + _unmet_judgement(report, limits)
+
+
+def _unmet_judgement(report: Report, limits: Limits) -> list[str]:
+    """Return the limits on drop, drift and time that the result breaks beyond doubt."""
+    broken = []
+    seen = report.ladder.evaluation
+    if limits.drop is not None and seen is not None and (seen.drop or 0.0) > limits.drop:
+        broken.append(f"--max-drop {limits.drop:.2%}: found {seen.drop:.2%}")
+    if limits.drift is not None and seen is not None and seen.relative_l2 > limits.drift:
+        broken.append(f"--max-drift {limits.drift:g}: found {seen.relative_l2:.3g}")
+    if limits.latency is not None and report.benchmark is not None:
+        timing, base = report.benchmark.models[1], report.benchmark.models[0]
+        absolute = limits.latency > 1
+        share = limits.latency / (1e3 * base.median_ms) if absolute else limits.latency
+        if 1.0 / timing.ratio.high > share * (1 + _TIMING_NOISE):
+            broken.append(f"--max-latency {share:.2f}: found {1.0 / timing.ratio.value:.2f}")
+    return broken
 
 
 def report_view(report: Report) -> RenderableType:

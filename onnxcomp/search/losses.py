@@ -32,7 +32,7 @@ from onnxcomp.runtime import Session
 from onnxcomp.search.deadline import Deadline
 from onnxcomp.search.outputs import OutputMeter, raw_outputs
 from onnxcomp.search.refits import like_bias, solve_dense, without_inputs
-from onnxcomp.search.space import Space
+from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.store import Store
 from onnxcomp.search.twins import Twins
 
@@ -60,13 +60,30 @@ class Losses:
     orders: Mapping[str, Elimination]
     refusals: tuple[Refusal, ...] = ()
 
-    def updated(self, newer: Losses) -> Losses:
-        """Return these losses with those of the nodes and groups that were measured again."""
+    def of(self, plan: Plan) -> dict[str | Option, float]:
+        """Return the loss of every option of a plan, by group or by factorisation."""
+        measured = [(n, w, self.widths.get(n, {})) for n, w in plan.widths.items()]
+        found: dict[str | Option, float] = {n: lost[w] for n, w, lost in measured if w in lost}
+        return found | {o: self.forms[o] for o in plan.forms.values() if o in self.forms}
+
+    def updated(self, newer: Losses, plan: Plan) -> Losses:
+        """Return these losses with those of some nodes and groups measured again.
+
+        In place of others a change loses less than alone, or more; the newer losses are
+        scaled by one factor, so that those options of `plan` keep their sum.
+        """
         again = {option.target for option in newer.forms}
+        found = newer.of(plan)
+        old = sum(lost for option, lost in self.of(plan).items() if option in found)
+        factor = old / sum(found.values()) if found else 1.0
         kept = {o: lost for o, lost in self.forms.items() if o.target not in again}
+        widths = {
+            name: {w: factor * lost for w, lost in each.items()}
+            for name, each in newer.widths.items()
+        }
         return Losses(
-            {**kept, **newer.forms},
-            {**self.widths, **newer.widths},
+            {**kept, **{o: factor * lost for o, lost in newer.forms.items()}},
+            {**self.widths, **widths},
             {**self.orders, **newer.orders},
             self.refusals,
         )
@@ -169,9 +186,10 @@ class LossMeter:
         """Measure a node, and the groups of which it is the last reader."""
 
         def refuse(reason: str) -> None:
-            for name in (linear.id, *groups):
+            for name in (*([linear.id] if forms else []), *groups):
                 self._refusals[name] = reason
-                waiting.pop(name, None)
+            for name in groups:
+                del waiting[name]
 
         if self._deadline.passed:
             return refuse("the time limit was reached before it was measured")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,8 +46,9 @@ class Pursuit:
         judge: Looks at candidates on the hold-out.
         clock: Returns the time of a model as a share of the original's.
         keep: Called with every model that is better than all before it.
-        refine: Measure weighty options again in place, and solve a second time.
-        box: Whether to try further plans until the deadline.
+        box: Whether to go on until the deadline: weighty options are measured again in place
+            and solved again, then further plans are tried.  Without it the first plan within
+            the limits is kept: on the networks measured so far the others seldom pay.
         seed: Seed of the further plans.
         notes: Receives what the reader of the report must know.
     """
@@ -61,7 +62,6 @@ class Pursuit:
         judge: Judge,
         clock: Callable[[Model], float],
         keep: Callable[[Model], None],
-        refine: bool,
         box: bool,
         seed: int,
         notes: list[str],
@@ -72,7 +72,6 @@ class Pursuit:
         self._judge = judge
         self._clock = clock
         self._keep = keep
-        self._refine = refine
         self._box = box
         self._rng = np.random.default_rng(seed)
         self._notes = notes
@@ -126,13 +125,11 @@ class Pursuit:
         losses = self._search.losses
         self._pursue(losses)
         candidate = self.best.candidate
-        if not self.best.met or candidate.plan.empty:
+        if not self._box or not self.best.met or candidate.plan.empty:
             return
-        if self._refine:
-            names = weighty(candidate.plan, losses)
-            losses = self._search.measure_again(candidate, names)
-            self._pursue(losses)
-        while self._box and not self._search.deadline.passed:
+        again = self._search.measure_again(candidate, weighty(candidate.plan, losses))
+        self._pursue(again)
+        while not self._search.deadline.passed:
             self._pursue(_shaken(losses, self._rng))
 
     def _pursue(self, losses: Losses) -> None:
@@ -242,17 +239,14 @@ class Pursuit:
 
 def weighty(plan: Plan, losses: Losses) -> list[str]:
     """Return the nodes and groups of a plan that carry most of its predicted loss."""
-    parts: Mapping[str, float] = {
-        **{name: losses.widths[name].get(w, 0.0) for name, w in plan.widths.items()},
-        **{node: losses.forms.get(option, 0.0) for node, option in plan.forms.items()},
-    }
-    total, found, seen = sum(parts.values()), [], 0.0
-    for name in sorted(parts, key=lambda n: -parts[n]):
+    parts = losses.of(plan)
+    total, found, seen = sum(parts.values()), dict[str, None](), 0.0
+    for part in sorted(parts, key=lambda p: -parts[p]):
         if seen > _WEIGHTY * total:
             break
-        found.append(name)
-        seen += parts[name]
-    return found
+        found[part if isinstance(part, str) else part.target] = None
+        seen += parts[part]
+    return list(found)
 
 
 def _shaken(losses: Losses, rng: np.random.Generator) -> Losses:

@@ -186,8 +186,7 @@ class _Run:
             judge=judge,
             clock=self._relative_time,
             keep=keep,
-            refine=settings.data_aware,
-            box=settings.time_limit is not None,
+            box=settings.time_limit is not None and settings.data_aware,
             seed=settings.seed,
             notes=self._notes,
         )

@@ -135,7 +135,7 @@ class Search:
         store = self.store.scoped("again", _key(candidate.plan, self.losses))
         meter = self._meter(store, self.deadline.share(_TABLE_SHARE))
         work = partial(meter.run, candidate.weights, names)
-        return self.losses.updated(self.timed("losses in place", work))
+        return self.losses.updated(self.timed("losses in place", work), candidate.plan)
 
     def _meter(self, store: Store, deadline: Deadline) -> LossMeter:
         settings = self._settings

@@ -114,7 +114,7 @@ class Settings:
     seed: int = 0
     threads: int = 1
     memory: float = 1e9
-    solver_seconds: float = 60.0
+    solver_seconds: float = 20.0
     time_limit: float | None = None
     latency: bool = True
     force: bool = False

@@ -29,7 +29,10 @@ from onnxcomp.search.working import working_model
 _RANDOM_SAMPLES = 128
 _ENOUGH_SAMPLES = 512  # and pixels, up to which light copies of images are added
 _ENOUGH_PIXELS = 2**20
-_MEASURED_SAMPLES = 128
+_MEASURED_SAMPLES = 128  # that losses are measured on, fewer where that is much work
+_LEAST_MEASURED = 32
+_MEASURED_MACS = 40 * 10**12
+_RUNS = 5  # of the whole network, for the options of one node
 _BATCH = 32
 _STATE_BYTES = 8  # of a live float32, in both networks of the walk
 # Settings that losses and candidates depend on; the others may differ in a run that goes on.
@@ -185,7 +188,9 @@ def _batches(
         samples = samples.take(range(count))
     batches = _feeds(facts, samples)
     size = -(-samples.count // len(batches))
-    return batches, max(min(_MEASURED_SAMPLES // size, len(batches)), 1)
+    each = max(_RUNS * len(facts.linears) * facts.cost.macs, 1)  # about, of one sample
+    wanted = min(max(_MEASURED_MACS // each, _LEAST_MEASURED), _MEASURED_SAMPLES)
+    return batches, max(min(wanted // size, len(batches)), 1)
 
 
 def _feeds(facts: Analysis, samples: Samples) -> list[Mapping[str, Array]]:

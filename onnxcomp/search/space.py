@@ -16,7 +16,7 @@ from onnxcomp.analysis.channel_flow import Count
 from onnxcomp.analysis.channels import ChannelGroup
 from onnxcomp.analysis.cost import Cost, is_parameter, node_macs
 from onnxcomp.analysis.linear import Linear
-from onnxcomp.analysis.target import ELEMENT_NS, Convolution, Target
+from onnxcomp.analysis.target import Convolution, Target
 from onnxcomp.model import Node
 from onnxcomp.passes.base import Option, Proposal, Refusal
 from onnxcomp.passes.factorize import chain
@@ -265,13 +265,12 @@ class Space:
         """Predicted seconds of elementwise operators per channel of every group."""
         found = dict.fromkeys(self.widths, 0.0)
         for node in self.facts.model.nodes:
-            ns = ELEMENT_NS.get(node.op, 0.0)
-            for name in node.outputs if ns else ():
+            for name in node.outputs:
                 shape = self.facts.tensors[name].shape if name in self.facts.tensors else ()
-                for axis, size in enumerate(shape):
+                seconds = self.target.element_seconds(node.op, math.prod(shape))
+                for axis, size in enumerate(shape if seconds else ()):
                     for group, index in self.slices.get((name, axis), ()):
-                        share = index.shape[1] / size
-                        found[group] += 1e-9 * ns * math.prod(shape) * share
+                        found[group] += seconds * index.shape[1] / size
         return found
 
     def seconds(self, widths: Widths, forms: Mapping[str, Option]) -> float:

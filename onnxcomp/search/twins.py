@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.stream import Feeds, Stream
-from onnxcomp.model import Array
+from onnxcomp.model import Array, Use
 
 
 class Twins:
@@ -63,22 +63,27 @@ class Twins:
 
     def rectified(self, linear: Linear) -> bool:
         """Whether nothing but a Relu reads the node, directly or behind a known shortcut."""
-        uses = self._model.readers.get(linear.y, ())
-        if len(uses) == 1 and self._shortcut(linear):
-            uses = self._model.readers.get(uses[0].node.id, ())
-        return len(uses) == 1 and uses[0].node.op == "Relu"
+        use = self._only_use(linear.y)
+        if use is not None and self._shortcut(linear):
+            use = self._only_use(use.node.id)
+        return use is not None and use.node.op == "Relu"
 
     def offsets(self, linear: Linear) -> list[Array] | None:
         """Return what the compressed network adds to the node's output in front of a Relu."""
         shortcut = self._shortcut(linear)
         return self.current.peek(shortcut) if shortcut else None
 
+    def _only_use(self, tensor: str) -> Use | None:
+        """Return the use of a tensor that has no other and is no output of the model."""
+        uses = self._model.readers.get(tensor, ())
+        return uses[0] if len(uses) == 1 and tensor not in self._model.output_names else None
+
     def _shortcut(self, linear: Linear) -> str:
         """Return the other operand of the Add behind a node, if it is known by now."""
-        uses = self._model.readers.get(linear.y, ())
-        if len(uses) != 1 or uses[0].node.op != "Add":
+        use = self._only_use(linear.y)
+        if use is None or use.node.op != "Add":
             return ""
-        other = uses[0].node.inputs[1 - uses[0].index]
+        other = use.node.inputs[1 - use.index]
         tensors = self._facts.tensors
         if other in self._model.weights or other == linear.y or other not in tensors:
             return ""

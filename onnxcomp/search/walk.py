@@ -233,7 +233,8 @@ class Walk:
 
     def _solve(self, site: _Site, kernel: Array, metrics: Sequence[SecondMoments]) -> Solved:
         linear, option = site.linear, site.option
-        full = np.zeros_like(kernel)
+        full = kernel.copy()  # removed outputs stay: losses of widths in place need them
+        full[site.outputs] = 0
         bias = np.asarray(self._model.weights[linear.bias], np.float64).reshape(-1).copy()
         factors: Arrays | None = None
         per_in = linear.in_channels // linear.groups

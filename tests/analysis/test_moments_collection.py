@@ -94,12 +94,49 @@ def test_few_rows_of_many_columns_are_kept_as_rows():
 
 
 def test_rows_are_bounded_and_seeded():
-    model = one_node("Conv", (4, 2, 100, 100), (3, 2, 3, 3), {"pads": [1] * 4})
+    model = one_node("Conv", (4, 2, 120, 120), (3, 2, 3, 3), {"pads": [1] * 4})
     linear, xs, ys = run(model)
+    assert sum(y.size for y in ys) / linear.out_channels > 40_000
     metrics = [
         collect_moments(linear, xs, ys, np.random.default_rng(seed))[0] for seed in (0, 0, 1)
     ]
     assert isinstance(metrics[0], Moments)
-    assert metrics[0].count == 20_000
+    assert metrics[0].count == 40_000
     assert np.array_equal(metrics[0].xx, metrics[1].xx)
     assert not np.array_equal(metrics[0].xx, metrics[2].xx)
+
+
+def test_rows_grow_with_the_inputs_of_the_map():
+    """80 rows per input, where there are so many: 8 * 81 inputs ask for 51,840."""
+    model = one_node("Conv", (4, 8, 120, 120), (1, 8, 9, 9), {"pads": [4] * 4})
+    linear, xs, ys = run(model, 1)
+    (metric,) = collect_moments(linear, xs, ys, np.random.default_rng(0))
+    assert metric.d == 648
+    assert metric.count == 80 * 648 < xs[0][:, 0].size
+
+
+def test_revised_targets_take_the_place_of_the_sampled_rows():
+    """Rows of ys arrive whole with their patches; inputs keep their moments."""
+    model = one_node("Conv", (2, 4, 9, 8), (6, 4, 3, 3), {"pads": [1] * 4})
+    linear, xs, ys = run(model)
+    kernel = linear.kernel(model.weights["w"]).reshape(6, -1)
+    seen = []
+
+    def revise(patches, rows):
+        found = patches.reshape(len(patches), -1) @ kernel.T.astype(np.float32)
+        seen.append(float(np.abs(found - rows[:, :6]).max() / np.abs(rows).max()))
+        return -2 * rows[:, :6] + rows[:, 6:]
+
+    both = [np.concatenate([y, np.ones_like(y)], axis=1) for y in ys]
+    outputs = np.array([1, 4])
+    (plain,) = collect_moments(linear, xs, ys, np.random.default_rng(0), outputs=outputs)
+    (revised,) = collect_moments(
+        linear, xs, both, np.random.default_rng(0), outputs=outputs, revise=revise
+    )
+    assert len(seen) == len(xs)
+    assert max(seen) <= TOLERANCE  # patches and rows belong together
+    assert np.array_equal(revised.xx, plain.xx)
+    assert np.array_equal(revised.x_mean, plain.x_mean)
+    assert np.allclose(revised.yx, -2 * plain.yx, rtol=TOLERANCE, atol=1e-5)
+    assert np.allclose(revised.y_mean, 1 - 2 * plain.y_mean, rtol=TOLERANCE, atol=1e-5)
+    assert not np.allclose(revised.y_mean, plain.y_mean, rtol=0.1)

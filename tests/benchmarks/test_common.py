@@ -8,7 +8,6 @@ import pytest
 
 from benchmarks import child, common, data, memory, shared_tensors, zoo
 from benchmarks.__main__ import NAMES
-from benchmarks.accuracy_curve import draw
 from onnxcomp import load
 from onnxcomp.samples import as_samples
 
@@ -25,12 +24,6 @@ KEYS = {
     "rows",
 }
 QUICK_TO_MAKE = ("kazuhito00_yolox_nano", "silero_vad_16k_op15", "mlperftiny_kws_dscnn")
-
-
-@pytest.fixture
-def shared():
-    if not (common.SHARED / "models" / "manifest.json").exists():
-        pytest.skip("../shared is absent")
 
 
 def record(rows) -> common.Record:
@@ -91,8 +84,56 @@ def test_memory_watch_sees_a_block_and_not_what_was_before():
     assert before.resident - after.resident > 100_000_000
 
 
+def test_jobs_come_back_in_order_and_failures_too(tmp_path):
+    texts = ("[1]", "[", "[3]")
+    jobs = [common.Job("json:loads", {"s": text}) for text in texts]
+    first, failed, last = common.run_jobs(jobs, workers=2, kept=tmp_path / "answers")
+    assert first.value == [1]
+    assert last.value == [3]
+    assert isinstance(failed, common.ChildError)
+
+
+def test_kept_answers_are_not_asked_again(tmp_path):
+    job = common.Job("time:time_ns", {})
+    first, again = (common.run_jobs([job], workers=1, kept=tmp_path)[0] for _ in range(2))
+    assert first == again
+    (other,) = common.run_jobs([job], workers=1, kept=tmp_path / "other")
+    assert other.value > first.value
+
+
+def test_child_is_ended_after_its_time():
+    with pytest.raises(common.ChildError, match="ended after 1 s"):
+        common.run_child("benchmarks.common:command", timeout_s=1)
+
+
+def test_lost_points_are_paired_by_sample():
+    original = "1" * 90 + "0" * 10
+    same = common.paired_interval([original] * 3, original)
+    assert same == {"value": 0.0, "low": 0.0, "high": 0.0}
+    worse = "0" * 10 + "1" * 80 + "0" * 10
+    lost = common.paired_interval([original, worse], original)
+    assert lost["value"] == pytest.approx(0.05)
+    # Lost on other samples than those gained on: the same mean, and an interval around it.
+    moved = "0" * 10 + "1" * 90
+    swapped = common.paired_interval([moved], original)
+    assert swapped["value"] == pytest.approx(0.0)
+    # Standard error of the mean of ten +1, ten -1 and zeros: sqrt(0.2 / 100); 2,000 resamples.
+    width = (swapped["high"] - swapped["low"]) / 2
+    assert width == pytest.approx(1.96 * (0.2 / 100) ** 0.5, rel=0.15)
+
+
+def test_bundled_model_has_new_samples():
+    fit, new = (data.samples(common.DIGITS, part, labels=True) for part in ("fit", "new"))
+    assert len(fit["labels"]) == 512
+    assert len(new["labels"]) == 797
+    assert "labels" not in data.samples(common.DIGITS, "fit")
+    fitted = {image.tobytes() for image in fit["input"]}
+    repeated = sum(image.tobytes() in fitted for image in new["input"])
+    assert repeated == 0
+
+
 def test_every_model_has_samples(shared):
-    assert data.names() == sorted(common.manifest())
+    assert data.names() == sorted([*common.manifest(), common.DIGITS])
 
 
 @pytest.mark.parametrize("name", QUICK_TO_MAKE)
@@ -155,17 +196,6 @@ def test_refusals_rank_by_macs():
         ("depthwise", 1),
         ("weight '...' has N readers", 2),
     ]
-
-
-def test_curve_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    rows = [
-        {"model": "akamaster_cifar10_resnet20", "method": m, "share": s, "top1": 0.9}
-        for m in ("original", "ours", "svd", "wanda", "l2")
-        for s in (0.5, 1.0)
-    ]
-    draw(rows, tmp_path / "curve.png")
-    assert (tmp_path / "curve.png").stat().st_size > 1000
 
 
 def test_names_are_modules():

@@ -1,5 +1,6 @@
 """The phases of `compress` one by one, on small models."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,18 +9,21 @@ from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.cost import Cost
 from onnxcomp.analysis.target import TARGETS
 from onnxcomp.model import Array, Model
+from onnxcomp.passes.base import Option
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples
 from onnxcomp.search.allocation import _fits
 from onnxcomp.search.losses import Losses, LossMeter
+from onnxcomp.search.outputs import OutputMeter
 from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.walk import Walk
 from onnxcomp.search.working import prepare, working_model
 from tests.graphs import sane_feeds
 
 SEED = 0
+COMMON = {"seed": SEED, "threads": 1, "progress": lambda *_: None}
 
 
 @dataclass
@@ -54,16 +58,20 @@ class Lab:
     def model(self) -> Model:
         return self.space.facts.model
 
-    def losses(self) -> Losses:
-        meter = LossMeter(
+    def meter(self, **options: object) -> LossMeter:
+        return LossMeter(
             self.space,
             self.batches,
-            measured=len(self.batches),
-            seed=SEED,
-            threads=1,
-            progress=lambda *_: None,
+            **{**COMMON, "measured": len(self.batches), **options},
         )
-        return meter.run()
+
+    def losses(self) -> Losses:
+        return self.meter().run()
+
+    def error(self, weights: Mapping[str, Array]) -> float:
+        """Error of the raw outputs with some weights of the working model replaced."""
+        tensors = self.space.facts.tensors
+        return OutputMeter(self.model, tensors, self.batches, threads=1).of(weights)
 
     def plan(self, losses: Losses, rng: np.random.Generator) -> Plan:
         """A random plan over all groups and nodes."""
@@ -77,19 +85,17 @@ class Lab:
             options = [o for o in losses.forms if o.target == node and _fits(linear, o, m, c)]
             if options and rng.random() < 0.6:
                 forms[node] = options[rng.integers(len(options))]
+        return self.lone_plan(widths, forms)
+
+    def lone_plan(
+        self, widths: Mapping[str, int], forms: Mapping[str, Option] | None = None
+    ) -> Plan:
+        forms = forms or {}
         cost, seconds = self.space.cost(widths, forms), self.space.seconds(widths, forms)
         return Plan(widths, forms, 0.0, cost, seconds)
 
-    def walk(self, plan: Plan, losses: Losses) -> Walk:
-        return Walk(
-            self.space,
-            plan,
-            losses,
-            self.batches,
-            seed=SEED,
-            threads=1,
-            progress=lambda *_: None,
-        )
+    def walk(self, plan: Plan, losses: Losses, **options: object) -> Walk:
+        return Walk(self.space, plan, losses, self.batches, **{**COMMON, **options})
 
     def outputs(self, model: Model) -> dict[str, Array]:
         """All outputs on all batches, unoptimised."""

@@ -42,7 +42,7 @@ def test_plans_hold_their_limits_exactly(name, wanted):
     assert plan.cost == lab.space.cost(plan.widths, plan.forms)
     assert plan.cost.macs <= (limits.macs or np.inf)
     assert plan.cost.params <= (limits.params or np.inf)
-    assert measured_cost(lab.walk(plan, losses).run(), lab) == plan.cost
+    assert measured_cost(lab.walk(plan, losses).run().model, lab) == plan.cost
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_real_models(name):
     lab = Lab.of(Model.from_proto(onnx.load(path)), count=4, size=2, step=16)
     losses = lab.losses()
     plan = Allocator(lab.space, losses).choose(shares(lab, macs=0.6))
-    small = lab.walk(plan, losses).run()
+    small = lab.walk(plan, losses).run().model
     assert measured_cost(small, lab) == plan.cost
     predicted = lab.space.file_bytes(plan.cost, plan.forms)
     written = finish(small).file_bytes
@@ -133,7 +133,7 @@ def test_ranks_are_possible_where_three_groups_meet(seed):
         plan = Allocator(lab.space, losses).choose(shares(lab, params=share))
     except LimitError:
         plan = Allocator(lab.space, losses).smallest(shares(lab, params=share))
-    small = lab.walk(plan, losses).run()
+    small = lab.walk(plan, losses).run().model
     assert measured_cost(small, lab) == plan.cost
 
 
