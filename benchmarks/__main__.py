@@ -45,7 +45,8 @@ def main() -> int:
     given = parser.parse_args()
     with _work(given.work) as work:
         out = given.out or (Path(tempfile.gettempdir(), "quick") if given.quick else RESULTS)
-        options = Options(given.quick, given.seed, given.threads, work, out, given.target)
+        target = Path(given.target).resolve() if Path(given.target).is_file() else given.target
+        options = Options(given.quick, given.seed, given.threads, work, out, str(target))
         start = time.monotonic()
         try:
             outcome = _run(given.name, options)

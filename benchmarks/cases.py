@@ -42,8 +42,7 @@ def compress(
 ) -> dict[str, Any]:
     """Compress a model and save the result.
 
-    Unless `latency` is among the settings, the result is kept whatever its latency: that is
-    measured afterwards, on one thread.
+    Unless `latency` is among the settings, the result is kept whatever its latency.
 
     Args:
         model: Its name, or a file.

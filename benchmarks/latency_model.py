@@ -78,14 +78,14 @@ def run(options: Options) -> Outcome:
     rows = [row for network in networks for row in _network(network, options)]
     options.out.mkdir(parents=True, exist_ok=True)
     figures.scatter(
-        [row["predicted"][options.target] for row in rows],
+        [row["predicted"][Path(options.target).name] for row in rows],
         [row["ratio"]["value"] for row in rows],
         options.out / "latency_model.png",
         labels=("predicted speedup", "measured speedup"),
         factor=1 + max(GOALS[network] for network in networks),
         logarithmic=False,
     )
-    targets = list(dict.fromkeys((TARGET, options.target)))
+    targets = list(rows[0]["predicted"])
     return Outcome(rows, (_table(rows, targets), _errors(rows, targets)), _notes(rows))
 
 
@@ -169,11 +169,11 @@ def make(
         model: Its name, or a file.
         stem: What the files begin with.
         variants: Kind, share kept, and the multiple that sizes are rounded to.
-        targets: Profiles that predict.
+        targets: Profiles that predict, by name or file.
 
     Returns:
-        For every variant its `file`, its share of the `macs`, and by target the `predicted`
-        speedup.
+        For every variant its `file`, its share of the `macs`, and by the target's name the
+        `predicted` speedup.
 
     Raises:
         ParameterError: A variant changes nothing.
@@ -193,7 +193,7 @@ def make(
         file = f"{stem}-{kind.replace(' ', '_')}-{share:.3g}-{step}.onnx"
         finish(written(space, plan)).save(file)
         predicted = {
-            target: each.seconds({}, {}) / each.seconds(plan.widths, plan.forms)
+            Path(target).name: each.seconds({}, {}) / each.seconds(plan.widths, plan.forms)
             for target, each in spaces.items()
         }
         macs = plan.cost.macs / facts.cost.macs
@@ -216,7 +216,7 @@ def _table(rows: Sequence[dict[str, Any]], targets: Sequence[str]) -> Table:
         for row in rows
     ]
     columns = ("network", "variant", "kept", "multiple of", "MACs", "ms", "speedup")
-    predicted = (f"predicted (error), {Path(target).name}" for target in targets)
+    predicted = (f"predicted (error), {target}" for target in targets)
     return Table("Predicted and measured speedup", (*columns, *predicted), cells)
 
 
@@ -230,7 +230,7 @@ def _errors(rows: Sequence[dict[str, Any]], targets: Sequence[str]) -> Table:
             goal = GOALS[network]
             cells.append(
                 (
-                    Path(target).name,
+                    target,
                     network.removeprefix("akamaster_cifar10_"),
                     str(len(errors)),
                     percent(median(errors)),

@@ -15,17 +15,14 @@ from __future__ import annotations
 import gc
 import itertools
 import math
-import os
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 
+from onnxcomp import kit_script
 from onnxcomp.errors import ParameterError
 from onnxcomp.model import Array, Model
 from onnxcomp.runtime import Session
@@ -39,8 +36,6 @@ _MAX_REPEATS = 1000
 _RESAMPLES = 1000
 _WALL_CPU_GAP = 0.03
 _CONTROL_GAP = 0.02
-_CPU_INFO = Path("/proc/cpuinfo")
-_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 @dataclass(frozen=True)
@@ -225,16 +220,7 @@ def describe_machine(*, threads: int = 1) -> Machine:
     Args:
         threads: Intra-op threads that sessions use.
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    return Machine(
-        cpu=_cpu_name(),
-        architecture=platform.machine(),
-        cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
-        onnxruntime=ort.__version__,
-        threads=threads,
-        load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        governor=_read(_GOVERNOR),
-    )
+    return Machine(**kit_script.describe_machine(threads))
 
 
 def bootstrap_ratio(rounds: Sequence[Sequence[float]], *, seed: int = 0) -> Ratio:
@@ -391,18 +377,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _cpu_name() -> str:
-    for line in (_read(_CPU_INFO) or "").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine() or "unknown"
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None

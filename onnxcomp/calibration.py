@@ -24,6 +24,7 @@ from scipy.optimize import nnls
 from onnxcomp import kit_script
 from onnxcomp.analysis.target import (
     ELEMENT_NS,
+    KIND,
     TARGETS,
     Calibration,
     Convolution,
@@ -33,6 +34,7 @@ from onnxcomp.analysis.target import (
 )
 from onnxcomp.calibration_chains import CHAINS
 from onnxcomp.errors import ParameterError
+from onnxcomp.json_fields import Fields, read_json
 from onnxcomp.kit import Result, Timed, assemble, parse_result
 
 SECONDS = 120.0
@@ -88,6 +90,28 @@ def calibrate(
         assemble(Path(name), chains)
         data = kit_script.measure(Path(name), seconds, threads, report)
     return fit_target(parse_result(data, "the calibration"))
+
+
+def read_target(path: Path) -> Target:
+    """Read what `calibrate` wrote, or fit what the script of a kit did.
+
+    Args:
+        path: The JSON file.
+
+    Raises:
+        ParameterError: The file holds neither, or something in it is wrong.
+    """
+    try:
+        data = read_json(path)
+        kind = Fields(data, str(path)).get("kind")
+        if kind == KIND:
+            return Target.from_json(data, str(path))
+        if kind == kit_script.RESULT_KIND:
+            return fit_target(parse_result(data, str(path)))
+        wanted = f"'{KIND}' or '{kit_script.RESULT_KIND}'"
+        raise Fields(data, str(path)).error("kind", wanted, kind)
+    except ParameterError as error:
+        raise ParameterError(f"target: {error}") from error
 
 
 def fit_target(result: Result) -> Target:

@@ -207,14 +207,16 @@ class _Builder:
 
     def model(self) -> onnx.ModelProto:
         """Return the model, with a global pool at its end where there are maps."""
+        shape = (*self.input_shape[:-1], self.channels)
         if len(self.input_shape) == 4:
             self.node("GlobalAveragePool", [self.x])
+            shape = (1, self.channels, 1, 1)
         value = helper.make_tensor_value_info
         graph = helper.make_graph(
             self._nodes,
             "chain",
             [value("x", TensorProto.FLOAT, self.input_shape)],
-            [value(self.x, TensorProto.FLOAT, None)],
+            [value(self.x, TensorProto.FLOAT, shape)],
             [numpy_helper.from_array(array, name) for name, array in self._weights.items()],
         )
         opsets = [helper.make_opsetid("", OPSET)]

@@ -19,7 +19,7 @@ GRIDS = ((1.0, 0.0), (0.0, 1.0), (0.7, 0.5), (0.5, 0.3))
 
 
 def variants(model: Model, count: int, seed: int = 0) -> Iterator[Model]:
-    """The prepared model, and variants of it on the grid with random weights in their factors."""
+    """The prepared model, and variants of it on the grid with random factors."""
     prepared = finish(prepare(model)[0])
     yield prepared
     for index in range(count):

@@ -14,7 +14,7 @@ MAX_FUNCTION_LINES = 60
 # Third-party modules that only some files may import; everything else is free.
 ONLY_IN = {
     "onnx_graphsurgeon": {"draft.py"},
-    "onnxruntime": {"runtime.py", "bench.py", "sandbox_child.py", "kit_script.py"},
+    "onnxruntime": {"runtime.py", "sandbox_child.py", "kit_script.py"},
     "torch": {"bridge/"},
     "typer": {"cli/"},
     "rich": {"cli/", "report/"},

@@ -3,14 +3,13 @@
 The latency model is linear in a few amounts of work of a convolution (FLOPs, bytes, nodes);
 its coefficients and the grids come from measurements on onnxruntime's CPU kernels.  Shapes
 that were measured themselves are looked up.  The model ranks options during the search; what
-is reported is always measured.
-
-A target is built in, or it comes from a file that `onnxcomp calibrate` wrote.
+is reported is always measured.  A target is built in, or a file that `calibrate` wrote.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,12 +18,13 @@ from types import MappingProxyType
 from typing import Any
 
 from onnxcomp.errors import ParameterError
-from onnxcomp.json_fields import Fields, read_json
+from onnxcomp.json_fields import Fields
 
 SCHEMA_VERSION = 1
 KIND = "onnxcomp-target"
 _FLOAT_BYTES = 4
 _IMAGE_CHANNELS = 3
+_SPILL_BYTES = 1_000_000
 _OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _PRODUCTS = ("Gemm", "MatMul")
 
@@ -93,7 +93,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Costs:
-    """Coefficients of the latency model, in picoseconds per FLOP or byte.
+    """Coefficients of the latency model, in picoseconds per FLOP, byte or row.
 
     Attributes:
         direct: FLOP of blocked kernels, channels rounded up to blocks.
@@ -106,7 +106,9 @@ class Costs:
         vector: Byte of the weight of matrix products of one row.
         weight: Byte of weights elsewhere.
         activation: Byte of inputs and outputs.
+        spill: Byte of those that have more than a megabyte, on top of `activation`.
         reorder: Byte of inputs of less than a block of channels, which lose their blocks.
+        rows: Row of the output, per input and rounded output channel, behind such inputs.
         node: The same per node, in nanoseconds.
     """
 
@@ -119,7 +121,9 @@ class Costs:
     vector: float
     weight: float
     activation: float
+    spill: float
     reorder: float
+    rows: float
     node: float
 
 
@@ -187,10 +191,8 @@ class Target:
     def seconds(self, conv: Convolution) -> float:
         """Return the seconds of one convolution at batch 1, measured or predicted."""
         measured = self._measured.get(conv)
-        return self.predicted_seconds(conv) if measured is None else measured
-
-    def predicted_seconds(self, conv: Convolution) -> float:
-        """Return what the formula predicts for one convolution, in seconds."""
+        if measured is not None:
+            return measured
         terms = work_terms(conv, self.block)
         return float(1e-12 * sum(getattr(self.costs, n) * w for n, w in terms.items()))
 
@@ -242,7 +244,9 @@ class Target:
         small = fields.wholes("small")
         if any(size >= block for size in small) or list(small) != sorted(set(small)):
             raise fields.error("small", f"ascending and below the block, {block}", small)
-        calibration = fields.get("calibration")
+        fitted = None
+        if fields.get("calibration") is not None:
+            fitted = fields.within("calibration").record(Calibration)
         found = cls(
             name=fields.text("name"),
             block=block,
@@ -250,9 +254,7 @@ class Target:
             costs=fields.within("costs").record(Costs),
             element_ns=tuple(fields.within("element_ns").numbers().items()),
             table=tuple(_table_entry(entry) for entry in fields.each("table")),
-            calibration=None
-            if calibration is None
-            else fields.within("calibration").record(Calibration),
+            calibration=fitted,
         )
         fields.check_nothing_left()
         if found.costs.activation + found.costs.node <= 0:
@@ -272,9 +274,9 @@ def work_terms(conv: Convolution, block: int) -> dict[str, float]:
     """Return the work of a convolution that the latency model counts, by field of `Costs`.
 
     Rules of dispatch as measured with onnxruntime 1.31: blocked kernels take inputs of a
-    multiple of four channels, or of less than a block.  Of the latter any number runs in the
-    direct kernel (5..15 that are no multiple of four, too); what grows with it is the reorder
-    in front, except where the input is an image.
+    multiple of four channels, or of less than a block.  Of the latter any number runs in a
+    direct kernel of its own (5..15 that are no multiple of four, too), row by row, behind a
+    node that takes the blocks apart, except where the input is an image.
 
     Args:
         conv: The convolution.
@@ -282,11 +284,11 @@ def work_terms(conv: Convolution, block: int) -> dict[str, float]:
     """
     c, m, g, k = conv.in_channels, conv.out_channels, conv.groups, conv.kernel
     weights, flops = _FLOAT_BYTES * conv.weights, 2.0 * conv.macs
-    moved = _FLOAT_BYTES * (c * conv.in_positions + m * conv.out_positions)
+    found: dict[str, float] = {"weight": weights, "node": 1e3}
     if conv.op in _PRODUCTS:
         if conv.out_positions == 1:
             return {"vector": weights, "node": 1e3}
-        return {"product": flops, "weight": weights, "activation": moved, "node": 1e3}
+        return {**found, "product": flops, **_moved(conv, c, m)}
     depthwise = g > 1 and g == c == m and c % 4 == 0
     aligned = g > 1 and (c // g) % block == 0 and (m // g) % block == 0
     blocked = conv.op == "Conv" and (
@@ -296,16 +298,10 @@ def work_terms(conv: Convolution, block: int) -> dict[str, float]:
         copied = (
             conv.in_positions * m if conv.op == "ConvTranspose" else conv.out_positions * c
         )
-        return {
-            "fallback": flops,
-            "im2col": _FLOAT_BYTES * copied * k if k > 1 else 0.0,
-            "weight": weights,
-            "activation": moved,
-            "node": 1e3,
-        }
+        im2col = _FLOAT_BYTES * copied * k if k > 1 else 0.0
+        return {**found, "fallback": flops, "im2col": im2col, **_moved(conv, c, m)}
     up_c, up_m = (-(-n // block) * block for n in (c, m))
-    moved = _FLOAT_BYTES * (up_c * conv.in_positions + up_m * conv.out_positions)
-    found = {"weight": weights, "activation": moved, "node": 1e3}
+    found |= _moved(conv, up_c, up_m)
     if depthwise:
         return {**found, "depthwise": 2.0 * conv.out_positions * up_m * k}
     if g == 1:
@@ -314,9 +310,19 @@ def work_terms(conv: Convolution, block: int) -> dict[str, float]:
     blocks = -(-(m // g) // block)
     found["direct"] = flops
     found["narrow"] = flops / blocks if blocks % 4 == 1 else 0.0
-    if _IMAGE_CHANNELS < c < block:
-        found["reorder"] = _FLOAT_BYTES * c * conv.in_positions
+    if g == 1 and c < block:
+        found["rows"] = math.sqrt(conv.out_positions) * c * up_m
+        if c > _IMAGE_CHANNELS:
+            found["reorder"] = _FLOAT_BYTES * c * conv.in_positions
+            found["node"] = 2e3
     return found
+
+
+def _moved(conv: Convolution, in_channels: int, out_channels: int) -> dict[str, float]:
+    """Return the terms of inputs and outputs at channels as they are stored."""
+    both = (in_channels * conv.in_positions, out_channels * conv.out_positions)
+    sizes = [float(_FLOAT_BYTES * elements) for elements in both]
+    return {"activation": sum(sizes), "spill": sum(n for n in sizes if n > _SPILL_BYTES)}
 
 
 def _table_entry(fields: Fields) -> tuple[Convolution, float]:
@@ -338,20 +344,22 @@ def read_convolution(fields: Fields) -> Convolution:
 
 
 _AVX512 = Costs(
-    direct=6.9,
+    direct=7.0,
     narrow=2.2,
     depthwise=12.6,
-    fallback=12.0,
+    fallback=11.8,
     im2col=70.0,
-    product=8.7,
-    vector=68.0,
-    weight=98.0,
-    activation=11.0,
-    reorder=330.0,
-    node=570.0,
+    product=7.7,
+    vector=57.0,
+    weight=90.0,
+    activation=12.5,
+    spill=7.0,
+    reorder=250.0,
+    rows=400.0,
+    node=500.0,
 )
 _AVX2 = replace(_AVX512, direct=14.0, narrow=0.0, depthwise=25.0, fallback=24.0, product=17.0)
-_ARM64 = replace(_AVX2, direct=50.0, depthwise=50.0, fallback=50.0, product=50.0, reorder=0.0)
+_ARM64 = replace(_AVX2, direct=50.0, depthwise=50.0, fallback=50.0, product=50.0)
 
 TARGETS = MappingProxyType(
     {
@@ -383,10 +391,6 @@ def find_target(name: str) -> Target:
     if not (path.is_file() or path.suffix == ".json"):
         allowed = f"one of {', '.join(sorted(TARGETS))}, or a file of `onnxcomp calibrate`"
         raise ParameterError.of("find_target", "target", allowed, name)
-    data = read_json(path)
-    if Fields(data, name).get("kind") == KIND:
-        return Target.from_json(data, name)
-    from onnxcomp.calibration import fit_target  # which needs `Target`
-    from onnxcomp.kit import parse_result
+    from onnxcomp.calibration import read_target  # which needs `Target`
 
-    return fit_target(parse_result(data, name))
+    return read_target(path)

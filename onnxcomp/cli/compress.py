@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import typer
 
@@ -49,7 +49,7 @@ from onnxcomp.report.progress import ProgressView
 from onnxcomp.report.text import plan_view, report_view, unmet_limits
 from onnxcomp.search.run import Result
 from onnxcomp.search.run import compress as compress_model
-from onnxcomp.search.settings import Limits
+from onnxcomp.search.settings import Limits, Settings
 
 
 def compress(
@@ -86,7 +86,6 @@ def compress(
     the fastest model within them, limits on costs for the most accurate one.  The best model
     so far is in OUT at any time; the recipe is written beside it.
     """
-    base = Recipe() if recipe is None else load_recipe(recipe)
     flags = {
         "limits": Limits(max_macs, max_params, max_size, max_latency, max_drop, max_drift),
         "methods": None if methods is None else tuple(methods.split(",")),
@@ -99,32 +98,53 @@ def compress(
         "threads": threads,
         "force": force or None,
     }
-    settings, metric = resolve(base, flags), metric or base.metric
+    settings, metric = _resolved(recipe, flags, metric)
     outputs = _Outputs(out, out.with_suffix(".recipe.yaml"), report, json_file)
-    limit = settings.time_limit
-    with ProgressView(stderr(), quiet=quiet, time_limit_s=limit) as progress:
+    with ProgressView(stderr(), quiet=quiet, time_limit_s=settings.time_limit) as progress:
         opened = open_model(model, data, preprocess=preprocess, seed=settings.seed)
         inputs = inputs_of(opened.model.files, data, preprocess, recipe)
         check_outputs(outputs.by_flag(), inputs)
-        with _BestSoFar(out, inputs) as best:
-            result = compress_model(
-                opened.model,
-                opened.user_samples,
-                settings=settings,
-                metric=None if metric is None else load_metric(metric),
-                progress=progress.update,
-                dry_run=dry_run,
-                resume=resume,
-                keep=None if dry_run else best.write,
-            )
-            result.report.ladder.raise_if_failed()
+        best = _BestSoFar(out, inputs)
+        result = _search(opened, settings, metric, best, progress, dry_run, resume)
     warn(opened.warnings)
     if dry_run:
-        _show_plan(result, json_file)
-    else:
-        sources = provenance({"model": model, "data": data, "preprocess": preprocess})
-        text = dump_recipe(settings, metric=metric, provenance=sources)
-        _deliver(result, opened, text, outputs, inputs)
+        return _show_plan(result, json_file)
+    sources = provenance({"model": model, "data": data, "preprocess": preprocess})
+    text = dump_recipe(settings, metric=metric, provenance=sources)
+    return _deliver(result, opened, text, outputs, inputs)
+
+
+def _resolved(
+    recipe: Path | None, flags: Mapping[str, Any], metric: str | None
+) -> tuple[Settings, str | None]:
+    """Return settings and metric: flags over the recipe over defaults."""
+    base = Recipe() if recipe is None else load_recipe(recipe)
+    return resolve(base, flags), metric or base.metric
+
+
+def _search(
+    opened: Opened,
+    settings: Settings,
+    metric: str | None,
+    best: _BestSoFar,
+    progress: ProgressView,
+    dry_run: bool,
+    resume: Path | None,
+) -> Result:
+    """Compress, with the best model so far in its file."""
+    with best:
+        result = compress_model(
+            opened.model,
+            opened.user_samples,
+            settings=settings,
+            metric=None if metric is None else load_metric(metric),
+            progress=progress.update,
+            dry_run=dry_run,
+            resume=resume,
+            keep=None if dry_run else best.write,
+        )
+        result.report.ladder.raise_if_failed()
+    return result
 
 
 class _BestSoFar:

@@ -76,6 +76,10 @@ class Allocation:
     gap: float
 
 
+class SolverTimeoutError(LimitError):
+    """The time ended before any choice was found; there may be one."""
+
+
 def allocate(
     domains: Sequence[int],
     tables: Sequence[Table],
@@ -96,8 +100,9 @@ def allocate(
     Raises:
         ParameterError: a table does not fit the domains or the limits, or the tables agree on
             no values at all.
-        LimitError: the limits cannot be met (the message names the first that fails and the
-            smallest cost within reach), or the time ended before any choice was found.
+        LimitError: the limits cannot be met; the message names the first that fails and the
+            smallest cost within reach.
+        SolverTimeoutError: the time ended before any choice was found.
     """
     limits = np.asarray(limits, np.float64)
     if not tables:
@@ -122,7 +127,7 @@ def allocate(
             break
         rows = [r[x[r] <= excess] for x, r in zip(losses, rows, strict=True)]
     if best is None:
-        raise LimitError(
+        raise SolverTimeoutError(
             f"no choice within the limits was found in {time_limit_s:g} s; allow more time"
         )
     return best

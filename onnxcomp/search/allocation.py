@@ -19,7 +19,7 @@ from onnxcomp.analysis.cost import is_parameter
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.target import Convolution
 from onnxcomp.errors import LimitError
-from onnxcomp.numerics.knapsack import Table, allocate
+from onnxcomp.numerics.knapsack import Allocation, SolverTimeoutError, Table, allocate
 from onnxcomp.numerics.svd import FORMS
 from onnxcomp.passes.base import Option
 from onnxcomp.passes.factorize import kernel_shape4
@@ -29,6 +29,7 @@ from onnxcomp.search.space import Plan, Space, header_bytes
 
 _ROUNDS = 3  # times the budget is corrected for nodes that more than two groups touch
 _GAP = 5e-3  # of the optimum; losses are measured to a few per cent
+_PATIENT = 5.0  # times its limit, where a programme found nothing in time
 _LOSS, _SECONDS = 0, 1  # columns of a programme's measures; MACs, parameters, bytes follow
 NAMES = ("loss", "predicted time", "MACs", "parameters", "file bytes")
 
@@ -243,13 +244,9 @@ class Allocator:
         ]
         rows += [self._group_rows(name, domains[name], index[name]) for name in names]
         rest = self._rest(domains)
-        found = allocate(
-            [len(domains[n]) for n in names],
-            [table.table(goal) for table in [*rows, rest]],
-            np.concatenate([[goal.loss], bound]),
-            time_limit_s=self._time_limit_s,
-            relative_gap=_GAP,
-        )
+        tables = [table.table(goal) for table in [*rows, rest]]
+        sizes = [len(domains[n]) for n in names]
+        found = self._allocate(sizes, tables, np.array([goal.loss, *bound]))
         widths = {
             name: domains[name][value]
             for name, value in zip(names, found.values, strict=True)
@@ -262,6 +259,17 @@ class Allocator:
             if option is not None and self._still_fits(option, widths)
         }
         return self._plan(widths, forms, float(found.costs[0])), found.costs[1:]
+
+    def _allocate(
+        self, sizes: Sequence[int], tables: Sequence[Table], limits: Row
+    ) -> Allocation:
+        """Solve, with more time where it ended before anything was found."""
+        seconds = self._time_limit_s
+        try:
+            return allocate(sizes, tables, limits, time_limit_s=seconds, relative_gap=_GAP)
+        except SolverTimeoutError:
+            seconds *= _PATIENT
+            return allocate(sizes, tables, limits, time_limit_s=seconds, relative_gap=_GAP)
 
     def _rest(self, domains: Mapping[str, tuple[int, ...]]) -> _Rows:
         """Return a table of one row: what no plan changes."""

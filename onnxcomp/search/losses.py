@@ -37,6 +37,7 @@ from onnxcomp.search.store import Store
 from onnxcomp.search.twins import Twins
 
 _MEASURED = 4  # options measured per node or group; the others are interpolated
+LATE = "the time limit was reached before it was measured"
 _HOPELESS = 0.5  # share of the output's variance; options with a larger error are left out
 Index = npt.NDArray[np.int64]
 Progress = Callable[[str, float], None]
@@ -192,7 +193,7 @@ class LossMeter:
                 del waiting[name]
 
         if self._deadline.passed:
-            return refuse("the time limit was reached before it was measured")
+            return refuse(LATE)
         twins.advance(linear)
         try:
             metrics = self._moments(twins, linear, position)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from onnxcomp.model import Model
 from onnxcomp.passes.base import Option
 from onnxcomp.search.deadline import TimeLimitReached
 from onnxcomp.search.judge import Judge, Look, looks_memorised
-from onnxcomp.search.losses import Losses
+from onnxcomp.search.losses import LATE, Losses
 from onnxcomp.search.search import Candidate, Search, smaller
 from onnxcomp.search.settings import Limits
 from onnxcomp.search.space import Plan
@@ -24,6 +24,7 @@ _BISECTIONS = 6
 _CLOSE = 0.85  # of a limit on drop or drift that must be used up before the search ends
 _AIM = 0.93  # share of such a limit that the next candidate aims at
 _STEP = 8.0  # largest factor between the loss bounds of two candidates
+_STEADY = 0.1  # of the logarithm of the loss; less says nothing of how the strain grows
 _WEIGHTY = 0.8  # share of the predicted loss in the options that are measured again
 _SPREAD = 0.25  # of the logarithm of losses, where further plans are tried
 
@@ -92,6 +93,9 @@ class Pursuit:
                 self._approach()
         except TimeLimitReached as reached:
             self._notes.append(f"{reached}; the best so far was kept")
+        late = sum(refusal.reason == LATE for refusal in self._search.refusals)
+        if late:
+            self._notes.append(f"the time limit left {late} nodes and groups unmeasured")
         return self.best
 
     def _take(self, candidate: Candidate, *, met: bool) -> None:
@@ -183,6 +187,7 @@ class Pursuit:
         low, high = 0.0, np.inf
         bound = self.first_bound
         seen: dict[str, Look] = {}
+        points: list[tuple[float, float]] = []
         for _ in range(_BISECTIONS):
             plan = self._search.fastest(losses, bound, limits)
             if plan is None:  # the limits on costs ask for more than this loss
@@ -190,15 +195,16 @@ class Pursuit:
                 continue
             candidate = self._search.solve(plan, losses)
             look = self._look(candidate, seen)
-            strain = look.strain(limits)
+            strain = max(look.strain(limits), 1e-6)
             if strain <= 1.0:
                 low = bound
                 self._take(candidate, met=self._holds(candidate))
             else:
-                high = bound
+                high = bound = plan.loss  # every bound down to it gives the same plan
             if _CLOSE <= strain <= 1.0 or high / max(low, 1e-30) < 1.1:
                 break
-            wanted = bound * _AIM / max(strain, 1e-6)
+            points.append((max(plan.loss, 1e-30), strain))
+            wanted = bound * (_AIM / strain) ** (1.0 / _steepness(points))
             wanted = float(np.clip(wanted, bound / _STEP, bound * _STEP))
             bound = self._between(low, wanted, high)
         if self.best.candidate.plan.empty:
@@ -235,6 +241,16 @@ class Pursuit:
                 "judge", lambda: judge.look(candidate.model, candidate.error)
             )
         return seen[digest]
+
+
+def _steepness(points: Sequence[tuple[float, float]]) -> float:
+    """Return the power of the predicted loss with which the strain grew of late."""
+    if len(points) < 2:
+        return 1.0
+    (loss, strain), (newer, other) = points[-2:]
+    if abs(np.log(newer / loss)) < _STEADY:
+        return 1.0
+    return float(np.clip(np.log(other / strain) / np.log(newer / loss), 0.5, 2.0))
 
 
 def weighty(plan: Plan, losses: Losses) -> list[str]:

@@ -32,7 +32,9 @@ from onnxcomp.search.store import Store
 from onnxcomp.search.working import finish, prepare
 from onnxcomp.validation import Ladder, validate
 
-_LATENCY_SECONDS = 20.0
+_LATENCY_SECONDS = 20.0  # of the measurement that is reported
+_CLOCK_SECONDS = 8.0  # of one that a limit on the time asks for
+_FINAL_SHARE = 0.15  # of the time limit, kept for the measurement that is reported
 _BLIND = 0.5  # share of a limit on drop or drift that is used where there are no samples
 Keep = Callable[[Model], None]
 
@@ -124,7 +126,9 @@ class _Run:
                 f"operators outside the ONNX domain: {', '.join(model.foreign_ops)}; "
                 "`inspect` shows the model, `compress` cannot judge what they compute"
             )
-        self._deadline = Deadline(settings.time_limit)
+        end = settings.time_limit
+        self._final_seconds = min(_LATENCY_SECONDS, _FINAL_SHARE * (end or math.inf))
+        self._deadline = Deadline(None if end is None else end - self._final_seconds)
         self._original = model
         self._settings = settings
         self._progress = progress
@@ -195,17 +199,19 @@ class _Run:
         """Return a limit on the latency as a share of the original's."""
         if limit is None or limit <= 1:
             return limit
-        return limit / (1e3 * self._measured(self._original).models[0].median_ms)
+        alone = self._measured(self._original, seconds=_CLOCK_SECONDS)
+        return limit / (1e3 * alone.models[0].median_ms)
 
     def _relative_time(self, candidate: Model) -> float:
-        return 1.0 / self._measured(self._original, candidate).models[1].ratio.value
+        found = self._measured(self._original, candidate, seconds=_CLOCK_SECONDS)
+        return 1.0 / found.models[1].ratio.value
 
-    def _measured(self, *models: Model) -> Benchmark:
+    def _measured(self, *models: Model, seconds: float) -> Benchmark:
         feeds = next(
             iter(self._samples.holdout.batches(self._original.signature.inputs, 1))
         ).feed
         return paired_latency(
-            models, feeds, threads=self._settings.threads, time_limit_s=_LATENCY_SECONDS
+            models, feeds, threads=self._settings.threads, time_limit_s=seconds
         )
 
     def _preview(self, limits: Limits) -> Result:
@@ -287,7 +293,7 @@ class _Run:
     def _latency(self, candidate: Model) -> Benchmark | None:
         if not self._settings.latency:
             return None
-        return self._measured(self._original, candidate)
+        return self._measured(self._original, candidate, seconds=self._final_seconds)
 
     def _regret(self, candidate: Model, ladder: Ladder, benchmark: Benchmark | None) -> str:
         """Return why the candidate must not be shipped, or ""."""

@@ -8,7 +8,7 @@ import pytest
 from onnx import helper
 
 from onnxcomp.analysis import Analysis
-from onnxcomp.errors import ParameterError, UnsupportedModelError
+from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.model import Model
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples
@@ -135,6 +135,7 @@ def test_a_result_that_is_larger_is_not_kept(monkeypatch):
 )
 def test_a_slower_result(monkeypatch, grid, force, limits, kept):
     """It is kept only where time was not asked for, and the report says so."""
+    monkeypatch.setattr("onnxcomp.search.run._LATENCY_SECONDS", 0.05)
     monkeypatch.setattr("onnxcomp.search.run.is_slower", lambda *_: True)
     result = run(residual(), Settings(grid=grid, force=force), **limits)
     assert result.met is kept
@@ -312,7 +313,7 @@ def test_one_sample_and_random_samples():
     one = compress(model, inputs(model, 1), limits=Limits(macs=0.8), settings=QUICK)
     assert any("one sample only" in note for note in one.report.notes)
     none = compress(model, limits=Limits(macs=0.8), settings=QUICK)
-    assert any("random inputs only" in note for note in none.report.notes)
+    assert none.report.notes[0].startswith("no samples given")
 
 
 def test_little_memory_fits_on_fewer_samples():
@@ -326,43 +327,6 @@ def test_custom_operators_are_refused():
     foreign = Model(model.skeleton, model.weights, foreign_ops=("acme::Magic",))
     with pytest.raises(UnsupportedModelError, match="acme::Magic"):
         run(foreign, macs=0.5)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"methods": ("fold_batchnorm",)},
-        {"methods": ("nothing",)},
-        {"grid": "0"},
-        {"grid": "fine"},
-        {"threads": 0},
-        {"target": "toaster"},
-        {"exclude": "("},
-    ],
-    ids=str,
-)
-def test_bad_settings(wrong):
-    with pytest.raises(ParameterError):
-        Settings(**wrong)
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
-def test_bad_limits(value):
-    for name in ("macs", "params", "size"):
-        with pytest.raises(ParameterError, match=name):
-            Limits(**{name: value})
-
-
-def test_limits_are_shares_up_to_one():
-    limits = Limits(macs=0.5, params=100, size=1.0).absolute(1000, 2000, 3000)
-    assert limits == Limits(500.0, 100, 3000.0)
-    assert Limits(macs=7).row.tolist() == [7, np.inf, np.inf]
-
-
-def test_grid_step():
-    assert Settings().step is None
-    assert Settings(grid="off").step == 1
-    assert Settings(grid="8").step == 8
 
 
 def test_a_real_model():
@@ -381,9 +345,10 @@ def test_a_real_model():
 
 def test_the_front_falls():
     result = run(residual(), QUICK, macs=0.8)
-    shares, losses = zip(*result.pareto, strict=True)
+    shares, losses = zip(*((p.macs, p.loss) for p in result.pareto), strict=True)
     assert list(shares) == sorted(shares, reverse=True)
     assert list(losses) == sorted(losses)
+    assert run(residual(), QUICK).pareto == ()  # nothing was measured
 
 
 def test_dry_runs_change_nothing():
