@@ -169,6 +169,18 @@ def test_a_file_that_was_there_stays_until_there_is_a_better_one(here, files, mo
     assert load(out).digest == better.digest
 
 
+def test_what_was_kept_stays_after_ctrl_c(here, files, monkeypatch):
+    def interrupted(model, data, *, keep, **_: object) -> None:
+        keep(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "compress_model", interrupted)
+    result = compress(files, "-o", here / "a.onnx", code=130)
+    assert "interrupted" in result.stderr
+    assert left(here) == ["a.onnx"]
+    assert load(here / "a.onnx").digest == load(files["model.onnx"]).digest
+
+
 def test_an_interrupted_search_ends_with_130_and_the_best(here, files, monkeypatch):
     def interrupt(self: Pursuit) -> None:
         raise KeyboardInterrupt

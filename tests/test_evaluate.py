@@ -21,7 +21,7 @@ from onnxcomp.errors import (
     UnsupportedModelError,
     ValidationError,
 )
-from onnxcomp.evaluate import evaluate, predict
+from onnxcomp.evaluate import evaluate, join_outputs, paired_outputs, predict
 from onnxcomp.metrics import Metric, load_metric
 from onnxcomp.model import Model
 from onnxcomp.runtime import Session
@@ -201,6 +201,22 @@ def test_prediction_refuses_shapes_that_depend_on_the_data() -> None:
         predict(network(text), Samples({"x": x}))
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_pairs_are_the_outputs_of_both_models_on_the_same_samples(fixed: bool) -> None:
+    """Batch by batch, without the filling of a batch of fixed size."""
+    text = CLASSIFIER
+    if fixed:
+        text = text.replace("[N, 3, H, W]", "[3, 3, 8, 8]").replace("[N,", "[3,")
+    models = [classifier(text), classifier(text, v=V[:, ::-1])]
+    sessions = [Session(model) for model in models]
+    runs = list(paired_outputs(sessions, models[0].signature.inputs, samples(), 3))
+    assert [[len(outputs["y"]) for outputs in run] for run in runs] == [[3, 3], [3, 3], [1, 1]]
+    joined = [join_outputs(column)["y"] for column in zip(*runs, strict=True)]
+    for model, found in zip(models, joined, strict=True):
+        assert relative(predict(model, samples())["y"], found) <= 1e-5
+    assert relative(*joined) > 1e-2
+
+
 @pytest.mark.parametrize("path", shared_models(), ids=lambda path: path.stem)
 def test_real_models_predict_as_single_runs_do(path: Path) -> None:
     model = Model.from_proto(onnx.load(path))
@@ -247,6 +263,13 @@ def test_agreement_needs_no_labels() -> None:
     agreement = load_metric("agreement")
     assert score(agreement, None) == 1.0
     assert score(agreement, None, {"y": SCORES["y"][::-1]}) == 0.5
+
+
+def test_metrics_of_classes_say_so() -> None:
+    """Their points are shares of the samples; of others nobody knows what a point is."""
+    kinds = {spec: load_metric(spec).classes for spec in ("top1", "agreement", "psnr")}
+    assert kinds == {"top1": True, "agreement": True, "psnr": False}
+    assert not Metric("mine", lambda *_: 0.0).classes
 
 
 def test_psnr() -> None:

@@ -162,14 +162,17 @@ class LossMeter:
             threads=self._threads,
         )
         waiting = self._waiting(names)
+        nodes = [n for n in self._space.forms if names is None or n in names]
+        forms = {node for node in nodes if not self._recall("forms", node)}
         linears = list(self._facts.linears.values())
         for position, linear in enumerate(linears):
             self._progress(linear.id, position / len(linears))
             groups = [name for name, pending in waiting.items() if linear.id in pending[1]]
-            forms = linear.id in self._space.forms and (names is None or linear.id in names)
-            forms = forms and not self._recall("forms", linear.id)
-            if forms or groups:
-                self._visit(twins, linear, position, forms, groups, waiting)
+            if linear.id in forms or groups:
+                self._visit(twins, linear, position, linear.id in forms, groups, waiting)
+                forms.discard(linear.id)
+            elif forms or waiting:  # where kernels end decides how they round
+                twins.advance(linear)
         for name in waiting:
             self._refusals[name] = "no linear node reads its channels"
         refusals = tuple(Refusal(where, why) for where, why in self._refusals.items())

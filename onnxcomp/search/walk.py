@@ -38,6 +38,7 @@ from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.twins import Twins
 
 _log = logging.getLogger(__name__)
+_DAMPING = 0.1  # towards the original weight; losses on new images are flat around it
 _CHECKED = 4  # leading batches on which a further solution must be better
 Index = npt.NDArray[np.int64]
 
@@ -243,7 +244,7 @@ class Walk:
             block = np.ix_(m, c % per_in)
             prior = kernel[block]
             shape = prior.shape
-            solved = metric.solve(prior.reshape(len(m), -1)).reshape(shape)
+            solved = metric.solve(prior.reshape(len(m), -1), _DAMPING).reshape(shape)
             if option is not None:
                 factors, solved = Factorize().fit(option, solved, metric)
             full[block] = solved

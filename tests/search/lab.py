@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.walk import Walk
 from onnxcomp.search.working import prepare, working_model
 from tests.graphs import sane_feeds
+from tests.search.cases import CASES
 
 SEED = 0
 COMMON = {"seed": SEED, "threads": 1, "progress": lambda *_: None}
@@ -102,6 +104,13 @@ class Lab:
         session = Session(model, optimize=False)
         runs = [session.run(feed) for feed in self.batches]
         return {name: np.concatenate([np.ravel(r[name]) for r in runs]) for name in runs[0]}
+
+
+@cache
+def known(name: str) -> tuple[Lab, Losses]:
+    """The lab of a case at multiples of 4, with its losses; measured once for all tests."""
+    lab = Lab.of(CASES[name](), step=4)
+    return lab, lab.losses()
 
 
 def measured_cost(model: Model, lab: Lab) -> Cost:

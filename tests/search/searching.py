@@ -17,7 +17,7 @@ from onnxcomp.search.store import Store
 from onnxcomp.search.working import finish, prepare
 from tests.analysis.channel_graphs import Graph
 
-QUICK = Settings(latency=False, grid="4", methods=("remove_channels",))
+QUICK = Settings(latency=False, grid="8", methods=("remove_channels",))
 
 
 def wide(*, classes: bool = False) -> Model:

@@ -10,8 +10,8 @@ from onnxcomp.search.allocation import Allocator
 from onnxcomp.search.settings import Limits
 from onnxcomp.search.working import finish
 from tests.graphs import SHARED
-from tests.search.cases import CASES, concat_of_three, residual
-from tests.search.lab import Lab, measured_cost
+from tests.search.cases import concat_of_three
+from tests.search.lab import Lab, known, measured_cost
 
 GRAPHS = ("concat_of_three", "depthwise", "residual", "channels_last", "transposed", "shuffle",
           "whole_groups_go", "channels_along_rows", "slope_in_two_places")  # fmt: skip
@@ -34,8 +34,7 @@ def shares(lab: Lab, **wanted: float) -> Limits:
 )
 @pytest.mark.parametrize("name", GRAPHS)
 def test_plans_hold_their_limits_exactly(name, wanted):
-    lab = Lab.of(CASES[name](), step=4)
-    losses = lab.losses()
+    lab, losses = known(name)
     limits = shares(lab, **wanted)
     plan = Allocator(lab.space, losses).choose(limits)
     assert not plan.empty
@@ -64,23 +63,23 @@ def test_real_models(name):
 
 
 def test_size_limits():
-    lab = Lab.of(residual(), step=4)
+    lab, losses = known("residual")
     limits = shares(lab, size=0.7)
-    plan = Allocator(lab.space, lab.losses()).choose(limits)
+    plan = Allocator(lab.space, losses).choose(limits)
     assert lab.space.file_bytes(plan.cost, plan.forms) <= limits.size
 
 
 def test_tighter_limits_lose_more():
-    lab = Lab.of(residual(), step=4)
-    allocator = Allocator(lab.space, lab.losses())
+    lab, losses = known("residual")
+    allocator = Allocator(lab.space, losses)
     found = [allocator.choose(shares(lab, macs=share)).loss for share in (0.9, 0.7, 0.5)]
     assert found == sorted(found)
     assert found[0] < found[2]
 
 
 def test_limits_that_hold_already_give_an_empty_plan():
-    lab = Lab.of(residual(), step=4)
-    plan = Allocator(lab.space, lab.losses()).choose(whole(lab))
+    lab, losses = known("residual")
+    plan = Allocator(lab.space, losses).choose(whole(lab))
     assert plan.empty
     assert plan.loss == 0
     assert plan.cost == lab.space.facts.cost
@@ -96,8 +95,8 @@ def test_limits_that_hold_already_give_an_empty_plan():
     ],
 )
 def test_limits_out_of_reach(wanted, words):
-    lab = Lab.of(residual(), step=4)
-    allocator = Allocator(lab.space, lab.losses())
+    lab, losses = known("residual")
+    allocator = Allocator(lab.space, losses)
     limits = shares(lab, **wanted)
     with pytest.raises(LimitError, match=words) as caught:
         allocator.choose(limits)
@@ -113,8 +112,8 @@ def test_limits_out_of_reach(wanted, words):
 
 
 def test_smallest_comes_near_the_limit():
-    lab = Lab.of(residual(), step=4)
-    allocator = Allocator(lab.space, lab.losses())
+    lab, losses = known("residual")
+    allocator = Allocator(lab.space, losses)
     with pytest.raises(LimitError) as caught:
         allocator.choose(Limits(macs=10))
     reach = float(str(caught.value).split("within reach is ")[1].split(";")[0])
@@ -125,8 +124,7 @@ def test_smallest_comes_near_the_limit():
 @pytest.mark.parametrize("seed", range(4))
 def test_ranks_are_possible_where_three_groups_meet(seed):
     """A rank fits a node also where the third group takes another width than assumed."""
-    lab = Lab.of(concat_of_three(), step=4)
-    losses = lab.losses()
+    lab, losses = known("concat_of_three")
     rng = np.random.default_rng(seed)
     share = float(rng.uniform(0.1, 0.6))
     try:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from onnxcomp.errors import LimitError
+from onnxcomp.numerics.knapsack import Allocation, SolverTimeoutError, allocate
 from onnxcomp.numerics.selection import Elimination
 from onnxcomp.search.allocation import Allocator, _fits
 from onnxcomp.search.losses import Losses
@@ -116,7 +117,7 @@ def test_choices_lose_least_within_costs_and_time(seed, costs, time):
     plans = every_plan(seed)
     best = min(p.loss for p in plans if within(p, limits, seconds))
     assert plan.loss <= best * (1 + GAP)
-    assert sum(p.loss <= best * (1 + GAP) for p in plans) < 0.2 * len(plans)
+    assert sum(p.loss <= best * (1 + GAP) for p in plans) < 0.5 * len(plans)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -188,3 +189,20 @@ def test_what_is_out_of_reach_is_named(limits, time, words):
 def test_limits_beyond_a_loss_are_out_of_reach():
     with pytest.raises(LimitError, match="the limit"):
         Allocator(tiny().space, drawn(0)).fastest(1e-9, shares(macs=0.5))
+
+
+def test_a_programme_that_found_nothing_in_time_gets_more(monkeypatch):
+    seconds = []
+
+    def slow(*args: object, time_limit_s: float, **options: object) -> Allocation:
+        seconds.append(time_limit_s)
+        if len(seconds) == 1:
+            raise SolverTimeoutError("too slow")
+        return allocate(*args, time_limit_s=time_limit_s, **options)
+
+    limits = shares(macs=0.6)
+    wanted = Allocator(tiny().space, drawn(0), time_limit_s=7.0).choose(limits)
+    monkeypatch.setattr("onnxcomp.search.allocation.allocate", slow)
+    assert Allocator(tiny().space, drawn(0), time_limit_s=7.0).choose(limits) == wanted
+    assert seconds[:2] == [7.0, 35.0]
+    assert set(seconds[2:]) <= {7.0}

@@ -17,7 +17,7 @@ from onnxcomp.search.refits import like_bias, solve_dense
 from tests.analysis.channel_graphs import Graph
 from tests.passes.exact_checks import graph
 from tests.search.cases import CASES, twins, two_heads
-from tests.search.lab import SEED, Lab
+from tests.search.lab import SEED, Lab, known
 
 TOLERANCE = 1e-4  # relative, of a loss
 FLOOR = 1e-3  # of the largest measured loss of a node or group; less counts as so much
@@ -95,8 +95,7 @@ def test_losses_are_those_of_the_written_models(name, monkeypatch):
 
 
 def test_orders_are_nested_and_errors_grow():
-    lab = Lab.of(CASES["residual"]())
-    losses = lab.losses()
+    lab, losses = known("residual")
     assert losses.orders
     for name, order in losses.orders.items():
         size = lab.space.groups[name].size
@@ -109,8 +108,7 @@ def test_orders_are_nested_and_errors_grow():
 
 def test_everything_is_answered_for():
     for name in ("residual", "depthwise", "twins", "weight_in_three_places"):
-        lab = Lab.of(CASES[name]())
-        losses = lab.losses()
+        lab, losses = known(name)
         refused = {r.where for r in losses.refusals}
         assert set(lab.space.widths) == set(losses.widths) | (refused & set(lab.space.widths))
         targets = {option.target for option in losses.forms}

@@ -1,9 +1,13 @@
 """Losses measured with the rest of a compressed network in place, kept ones, and time."""
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 
 from onnxcomp.analysis.moments import collect_moments
+from onnxcomp.model import Model
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.search import losses as module
 from onnxcomp.search.deadline import Deadline
@@ -12,8 +16,8 @@ from onnxcomp.search.refits import like_bias, solve_dense
 from onnxcomp.search.space import Plan
 from onnxcomp.search.store import Store
 from onnxcomp.search.twins import Twins
-from tests.search.cases import CASES, residual
-from tests.search.lab import SEED, Lab
+from tests.graphs import SHARED
+from tests.search.lab import SEED, Lab, known
 
 TOLERANCE = 1e-4  # relative, of a loss
 FLOOR = 1e-3  # of the largest measured loss of a node or group; less counts as so much
@@ -102,9 +106,8 @@ class Brute:
 @pytest.mark.parametrize("name", ["residual", "concat_of_three", "fully_connected"])
 def test_losses_in_place_are_those_of_whole_networks(name, monkeypatch):
     """E(with the option) - E(without it), everything else as in the compressed network."""
+    lab, alone = known(name)
     monkeypatch.setattr(module, "_MEASURED", 10_000)  # measure every option
-    lab = Lab.of(CASES[name](), step=4)
-    alone = lab.losses()
     weights = lab.walk(narrow_plan(lab, alone), alone).run().weights
     meter, brute = lab.meter(), Brute(lab, weights)
     in_place = meter.run(weights)
@@ -128,8 +131,7 @@ def test_losses_in_place_are_those_of_whole_networks(name, monkeypatch):
 
 def test_in_place_of_an_untouched_network_losses_are_those_alone():
     """No tolerance but that of float32: the same networks, held twice."""
-    lab = Lab.of(residual(), step=4)
-    alone = lab.losses()
+    lab, alone = known("residual")
     assert same(lab.meter().run({}), alone, rel=1e-6)
     (linear, *_) = lab.space.facts.linears.values()
     spoilt = {linear.weight: (lab.model.weights[linear.weight] * 0.5).astype(np.float32)}
@@ -138,8 +140,7 @@ def test_in_place_of_an_untouched_network_losses_are_those_alone():
 
 def test_a_group_that_was_narrowed_still_loses_in_place():
     """At its own width in the compressed network, compared with all channels there."""
-    lab = Lab.of(residual(), step=4)
-    alone = lab.losses()
+    lab, alone = known("residual")
     plan = narrow_plan(lab, alone)
     in_place = lab.meter().run(lab.walk(plan, alone).run().weights, list(plan.widths))
     assert in_place.widths.keys() == plan.widths.keys()
@@ -148,12 +149,11 @@ def test_a_group_that_was_narrowed_still_loses_in_place():
 
 
 def test_only_what_is_asked_for_is_measured():
-    lab = Lab.of(residual(), step=4)
+    lab, whole = known("residual")
     group, node = "conv2_0", "conv12_0"  # the group is called as the node that makes it
     found = lab.meter().run({}, [group, node])
     assert {option.target for option in found.forms} == {group, node}
     assert found.widths.keys() == {group}
-    whole = lab.losses()
     assert found.widths[group] == pytest.approx(whole.widths[group], rel=1e-6)
     assert found.forms == pytest.approx(
         {o: lost for o, lost in whole.forms.items() if o.target in (group, node)}, rel=1e-6
@@ -162,8 +162,7 @@ def test_only_what_is_asked_for_is_measured():
 
 def test_updated_losses_keep_the_sum_of_the_plan():
     """What was measured again is scaled by one factor; everything else stays."""
-    lab = Lab.of(residual(), step=4)
-    alone = lab.losses()
+    lab, alone = known("residual")
     plan = narrow_plan(lab, alone)
     newer = lab.meter().run(lab.walk(plan, alone).run().weights, ["conv0_0"])
     assert newer.widths.keys() == {"conv0_0"} == plan.forms.keys()
@@ -191,9 +190,9 @@ def fail(*_: object) -> None:
 
 @pytest.mark.parametrize("name", ["residual", "shuffle", "bias_that_others_read"])
 def test_what_is_kept_is_not_measured_again(name, tmp_path, monkeypatch):
-    lab, store = Lab.of(CASES[name](), step=4), Store(tmp_path / "state")
+    (lab, whole), store = known(name), Store(tmp_path / "state")
     first = lab.meter(store=store).run()
-    assert same(first, lab.losses())
+    assert same(first, whole)
     monkeypatch.setattr(LossMeter, "_visit", fail)
     second = lab.meter(store=store).run()
     assert same(second, first)
@@ -202,27 +201,42 @@ def test_what_is_kept_is_not_measured_again(name, tmp_path, monkeypatch):
         lab.meter(store=store.scoped("another run")).run()
 
 
-@pytest.mark.parametrize("name", ["residual", "concat_of_three", "squeeze_excite"])
+def ended_and_gone_on(lab: Lab, folder: Path, moment: int) -> Losses:
+    """Losses of a run that was interrupted at a node, and then started again."""
+    store, calls = Store(folder), []
+
+    def end(label: str, share: float) -> None:
+        calls.append(label)
+        if len(calls) > moment:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lab.meter(store=store, progress=end).run()
+    return lab.meter(store=store).run()
+
+
+@pytest.mark.parametrize("name", ["residual", "squeeze_excite"])
 def test_a_run_that_was_ended_anywhere_goes_on_to_the_same(name, tmp_path):
     """Bit for bit: what is skipped does not change how the rest is computed."""
-    lab = Lab.of(CASES[name](), step=4)
-    whole = lab.losses()
+    lab, whole = known(name)
     for moment in range(1, len(lab.space.facts.linears)):
-        store, calls = Store(tmp_path / f"{moment}"), []
+        assert same(ended_and_gone_on(lab, tmp_path / f"{moment}", moment), whole)
 
-        def end(label: str, share: float, moment: int = moment, calls: list = calls) -> None:
-            calls.append(label)
-            if len(calls) > moment:
-                raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
-            lab.meter(store=store, progress=end).run()
-        assert same(lab.meter(store=store).run(), whole)
+def test_a_real_network_goes_on_to_the_same(tmp_path):
+    """Its kernels fuse, and round by where a run of them ends."""
+    path = SHARED / "models" / "mlperftiny_cifar10_resnet8.onnx"
+    if not path.exists():
+        pytest.skip("../shared is absent")
+    lab = Lab.of(Model.from_proto(onnx.load(path)), count=4, size=4, step=16)
+    whole = lab.losses()
+    for moment in (5, 9):
+        assert same(ended_and_gone_on(lab, tmp_path / f"{moment}", moment), whole)
 
 
 def test_what_there_is_no_time_for_is_left_alone():
-    lab = Lab.of(residual(), step=4)
-    whole, now = lab.losses(), [0.0]
+    lab, whole = known("residual")
+    now = [0.0]
 
     def tick(*_: object) -> None:
         now[0] += 1.0
@@ -244,7 +258,7 @@ def test_what_there_is_no_time_for_is_left_alone():
 
 def test_what_was_measured_is_not_said_to_be_late(tmp_path, monkeypatch):
     """Forms that were kept stay, even where there is no time for the group."""
-    lab, store, put = Lab.of(residual(), step=4), Store(tmp_path / "state"), Store.put
+    (lab, _), store, put = known("residual"), Store(tmp_path / "state"), Store.put
 
     def put_forms(self: Store, kind: str, key: object, value: object) -> None:
         if kind == "forms":

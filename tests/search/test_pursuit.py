@@ -1,7 +1,9 @@
 """From limits to a candidate: time on a known clock, drift and drop on a real judge."""
 
 import math
+from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +13,14 @@ from onnxcomp.evaluate import predict
 from onnxcomp.metrics import load_metric
 from onnxcomp.model import Model
 from onnxcomp.samples import Samples
-from onnxcomp.search.deadline import Deadline
+from onnxcomp.search.deadline import Deadline, TimeLimitReached
+from onnxcomp.search.judge import Look
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.pursuit import Pursuit, _shaken, _steepness, weighty
 from onnxcomp.search.search import Candidate, Search
 from onnxcomp.search.settings import Limits
 from onnxcomp.search.setup import Roles
-from onnxcomp.search.space import Space
+from onnxcomp.search.space import Plan, Space
 from tests.search.searching import QUICK, Searching, Tried, wide
 
 USED = 0.96  # share of a limit on time that must be used, where options allow it
@@ -40,6 +43,18 @@ def ends_with_the_best(tried: Tried) -> bool:
 
 def macs(model: Model) -> int:
     return Analysis(model).cost.macs
+
+
+class Clock:
+    """Seconds that pass with every report of progress."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self) -> None:
+        self.now += 1.0
 
 
 # Time
@@ -126,9 +141,12 @@ def test_costs_and_time_hold_together():
     assert searching.predicted(small) <= 0.75
 
 
-def test_better_models_only_are_kept():
-    searching = Searching.of(wide())
-    errors, solve = {}, searching.search.solve
+def test_better_models_only_are_kept(monkeypatch):
+    """By their error on the hold-out, of all that were solved in a time box."""
+    monkeypatch.setattr("onnxcomp.search.pursuit._SPREAD", 1.0)
+    clock, errors = Clock(), {}
+    searching = Searching.of(wide(), deadline=Deadline(60, clock), ticks=[clock.tick])
+    solve = searching.search.solve
 
     def solved(plan, losses):
         candidate = solve(plan, losses)
@@ -136,9 +154,10 @@ def test_better_models_only_are_kept():
         return candidate
 
     searching.search.solve = solved
-    tried = searching.pursue(Limits(macs=0.5))
+    tried = searching.pursue(Limits(macs=0.5), box=True)
+    assert len(errors) > 2
     kept = [errors[model.digest] for model in tried.kept]
-    assert kept == sorted(kept, reverse=True)
+    assert kept == sorted(set(kept), reverse=True)
     assert kept[-1] == min(errors.values())
     assert ends_with_the_best(tried)
 
@@ -201,6 +220,42 @@ def test_drop_is_held_and_looser_limits_are_never_slower():
     assert times == sorted(times, reverse=True)
     assert times[1] < 0.9 * times[0]
     assert times[-1] < 0.5 * times[1]
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("scale", [0.02, 1.0, 50.0])
+def test_bisection_uses_up_a_limit_whatever_the_outputs_do(power, scale):
+    """Squared drift grows with a power of the predicted loss, at any scale."""
+    limits, strains = Limits(drift=0.1), []
+    nothing = maps().search.nothing
+
+    def fastest(losses: Losses, bound: float, limits: Limits) -> Plan:
+        return replace(nothing.plan, widths={"g": 1}, loss=0.97 * bound, seconds=1 / bound)
+
+    def solve(plan: Plan, losses: Losses) -> Candidate:
+        model = SimpleNamespace(digest=f"{plan.loss}")
+        return Candidate(plan, model, {}, plan.loss)
+
+    def look(model: SimpleNamespace, error: float) -> Look:
+        found = Look(error, 0.1 * math.sqrt(scale * (error / 0.01) ** power), None, None)
+        strains.append(found.strain(limits))
+        return found
+
+    search = SimpleNamespace(
+        nothing=nothing, losses=None, refusals=(), fastest=fastest, solve=solve,
+        timed=lambda _, work: work(), within=lambda *_: True,
+    )  # fmt: skip
+    pursuit = Pursuit(
+        search, limits, None, judge=SimpleNamespace(look=look), clock=lambda _: 1.0,
+        keep=lambda _: None, box=False, seed=0, notes=[],
+    )  # fmt: skip
+    outcome = pursuit.run()
+    assert outcome.met
+    assert 0.85 <= strains[-1] <= 1.0
+    assert outcome.candidate.error == pytest.approx(
+        0.01 * (strains[-1] / scale) ** (1 / power)
+    )
+    assert len(strains) <= 6
 
 
 def test_points_of_a_metric_are_lost_with_the_error():
@@ -269,14 +324,15 @@ def test_memorised_samples_are_noted():
 # The time limit
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def tick(self) -> None:
-        self.now += 1.0
+def test_no_plan_is_solved_after_the_time_limit():
+    clock = Clock()
+    search = Searching.of(wide(), deadline=Deadline(1e6, clock), ticks=[clock.tick]).search
+    plan, _ = search.choose(search.losses, Limits(macs=macs(wide()) // 2))
+    assert not plan.empty
+    clock.now = 1e6
+    with pytest.raises(TimeLimitReached):
+        search.solve(plan, search.losses)
+    assert clock.now <= 1e6 + 1
 
 
 @pytest.mark.parametrize("limits", [Limits(macs=0.5), Limits(drift=0.1)], ids=str)

@@ -110,7 +110,7 @@ def test_a_run_that_is_interrupted_gives_the_best_so_far_and_goes_on(limits, tmp
     run(limits, progress=moments, resume=tmp_path / "whole")
     whole = undisturbed(limits)
     outcomes, original = [], wide()
-    for last in np.linspace(1, len(moments.labels), 9).round().astype(int).tolist():
+    for last in np.linspace(1, len(moments.labels), 6).round().astype(int).tolist():
         state, kept = tmp_path / f"{last}", list[Model]()
         try:
             ended = run(limits, resume=state, progress=Moments(last), keep=kept.append)
@@ -167,7 +167,7 @@ def test_without_time_the_prepared_original_is_returned(limits):
 
 def test_within_a_time_limit_the_result_is_no_worse():
     """What is tried beyond the first plan is kept only where it loses less."""
-    result = run(settings=replace(QUICK, time_limit=2.5))
+    result = run(settings=replace(QUICK, time_limit=1.0))
     assert result.met
     drift = result.report.ladder.evaluation.relative_l2
     assert drift <= 1.05 * undisturbed(COSTS).report.ladder.evaluation.relative_l2

@@ -13,8 +13,8 @@ from onnxcomp.search.space import Plan
 from onnxcomp.search.walk import Walk
 from onnxcomp.search.working import prepare, working_model
 from tests.analysis.channel_graphs import Graph
-from tests.search.cases import CASES, residual, weight_in_three_places
-from tests.search.lab import Lab, distance, measured_cost
+from tests.search.cases import CASES, residual
+from tests.search.lab import Lab, distance, known, measured_cost
 
 TOLERANCE = 1e-5  # relative L2 between the dense network of the walk and the written one
 
@@ -24,11 +24,10 @@ def dense(model: Model, weights: Mapping[str, Array]) -> Model:
     return Model(model.skeleton, {**model.weights, **weights})
 
 
-@pytest.mark.parametrize("make", CASES.values(), ids=list(CASES))
-def test_written_models_are_what_was_solved(make):
+@pytest.mark.parametrize("name", CASES)
+def test_written_models_are_what_was_solved(name):
     """Random plans over all groups and nodes; predicted costs are exact."""
-    lab = Lab.of(make())
-    losses = lab.losses()
+    lab, losses = known(name)
     rng = np.random.default_rng(1)
     original = lab.outputs(lab.model)
     changed = 0.0
@@ -65,7 +64,7 @@ def test_refitting_pays():
 
 def test_the_shortcut_correction_pays(monkeypatch):
     """The last node in front of an Add takes over what the other branch lost."""
-    lab = Lab.of(residual(), count=48)
+    lab = Lab.of(residual(), count=48, step=4)
     losses = lab.losses()
     stem = next(n for n in lab.space.forms if n == lab.model.nodes[0].id)
     option = min(lab.space.forms[stem], key=lambda o: (o.form != "output_basis", o.size))
@@ -77,16 +76,15 @@ def test_the_shortcut_correction_pays(monkeypatch):
 
 
 def test_shared_weights_stay_as_they_are():
-    lab = Lab.of(weight_in_three_places())
-    losses = lab.losses()
+    lab, losses = known("weight_in_three_places")
     small = lab.walk(lab.plan(losses, np.random.default_rng(3)), losses).run().model
     shared = next(n for n, uses in lab.model.readers.items() if len(uses) == 3)
     assert np.array_equal(small.weights[shared], lab.model.weights[shared])
 
 
 def test_an_empty_plan_changes_nothing():
-    lab = Lab.of(residual())
-    small = lab.walk(lab.lone_plan({}), lab.losses()).run().model
+    lab, losses = known("residual")
+    small = lab.walk(lab.lone_plan({}), losses).run().model
     assert small.digest == lab.model.edit().seal(by="test").digest
 
 
@@ -111,8 +109,7 @@ def test_excluded_nodes_keep_their_weights():
 
 def test_biases_of_others_are_not_touched():
     """A Conv's bias that a BatchNorm reads, too, becomes private before it is refitted."""
-    lab = Lab.of(CASES["bias_that_others_read"]())
-    losses = lab.losses()
+    lab, losses = known("bias_that_others_read")
     small = lab.walk(lab.plan(losses, np.random.default_rng(1)), losses).run().model
     norms = [node for node in small.nodes if node.op == "BatchNormalization"]
     assert norms
@@ -131,8 +128,7 @@ def test_groups_with_a_reader_that_cannot_be_refitted_stay():
 
 
 def test_two_walks_are_the_same():
-    lab = Lab.of(residual())
-    losses = lab.losses()
+    lab, losses = known("residual")
     plan = lab.plan(losses, np.random.default_rng(4))
     first, second = (lab.walk(plan, losses).run() for _ in range(2))
     assert first.model.digest == second.model.digest
@@ -164,7 +160,7 @@ def sparse(*, shortcut: bool) -> Model:
 @pytest.mark.parametrize("shortcut", [False, True])
 def test_the_solution_for_the_relu_pays(shortcut, monkeypatch):
     """It loses less behind the Relu than the best in front of it."""
-    lab = Lab.of(sparse(shortcut=shortcut), count=48, step=4)
+    lab = Lab.of(sparse(shortcut=shortcut), step=8)
     losses = lab.losses()
     _, last = lab.space.facts.linears
     options = [option for option in losses.forms if option.target == last]
@@ -209,8 +205,7 @@ def mixed_plan(lab: Lab, losses) -> Plan:
 
 
 def test_a_network_adapted_by_nothing_is_solved_as_it_is():
-    lab = Lab.of(residual(), step=4)
-    losses = lab.losses()
+    lab, losses = known("residual")
     plan = mixed_plan(lab, losses)
     linears = lab.space.facts.linears.values()
     ones = {li.id: (np.ones(li.out_channels), np.zeros(li.out_channels)) for li in linears}
@@ -252,8 +247,7 @@ def test_what_was_solved_in_an_adapted_network_is_written_at_the_originals_scale
 
 def test_channels_that_go_stay_alive_in_the_dense_weights():
     """So that, in place of all others, a group can be measured at every width."""
-    lab = Lab.of(residual(), step=4)
-    losses = lab.losses()
+    lab, losses = known("residual")
     plan = lab.lone_plan(half_widths(lab))
     weights = lab.walk(plan, losses).run().weights
     checked = 0
