@@ -38,6 +38,7 @@ from onnxcomp.search.twins import Twins
 
 _MEASURED = 4  # options measured per node or group; the others are interpolated
 LATE = "the time limit was reached before it was measured"
+_RESCALED = 10.0  # largest factor between losses alone and in place
 _HOPELESS = 0.5  # share of the output's variance; options with a larger error are left out
 Index = npt.NDArray[np.int64]
 Progress = Callable[[str, float], None]
@@ -76,7 +77,8 @@ class Losses:
         again = {option.target for option in newer.forms}
         found = newer.of(plan)
         old = sum(lost for option, lost in self.of(plan).items() if option in found)
-        factor = old / sum(found.values()) if found else 1.0
+        newly = sum(found.values())
+        factor = min(max(old / newly, 1 / _RESCALED), _RESCALED) if newly else 1.0
         kept = {o: lost for o, lost in self.forms.items() if o.target not in again}
         widths = {
             name: {w: factor * lost for w, lost in each.items()}

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from onnxcomp.analysis import Analysis
 from onnxcomp.bench import Benchmark, is_slower, paired_latency
 from onnxcomp.errors import UnsupportedModelError
+from onnxcomp.evaluate import predict
 from onnxcomp.metrics import Metric, load_metric
 from onnxcomp.model import Model
 from onnxcomp.report import Figures, Report
@@ -143,6 +144,7 @@ class _Run:
         """Run all phases."""
         settings = self._settings
         store = Store(resume)
+        self._check_metric()
         keep(self._original)
         self._base = Analysis(self._original, self._samples.fit, seed=settings.seed)
         prepared, self._refusals = self._timed("prepare", partial(prepare, self._original))
@@ -177,6 +179,13 @@ class _Run:
             self._notes.append("interrupted; this is the best so far")
             self._settings = replace(settings, latency=False)
             return replace(self._judge(pursuit.best), interrupted=True)
+
+    def _check_metric(self) -> None:
+        """Raise what a metric that does not fit would raise, before work is done for it."""
+        if self._metric is not None:
+            samples = self._samples.holdout
+            outputs = predict(self._original, samples, threads=self._settings.threads)
+            self._metric.score(outputs, samples, outputs)
 
     def _pursuit(self, limits: Limits, keep: Keep) -> Pursuit:
         settings = self._settings

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -134,3 +135,36 @@ class Searching:
             notes=notes,
         )
         return Tried(pursuit.run(), kept, notes, times)
+
+
+@cache
+def maps() -> Searching:
+    """The search over `wide()`, measured once for all tests."""
+    return Searching.of(wide())
+
+
+@cache
+def scores() -> Searching:
+    """The same with scores of classes."""
+    return Searching.of(wide(classes=True))
+
+
+def ends_with_the_best(tried: Tried) -> bool:
+    """Whether the last model that was kept is the one that is returned."""
+    return bool(tried.kept) and tried.kept[-1] is tried.outcome.candidate.model
+
+
+def macs(model: Model) -> int:
+    return Analysis(model).cost.macs
+
+
+class Clock:
+    """Seconds that pass with every report of progress."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self) -> None:
+        self.now += 1.0
