@@ -116,8 +116,8 @@ def test_the_worst_output_counts_and_integers_by_the_share_that_differs():
 
 
 def test_scores_of_classes_are_bounded_by_how_far_the_outputs_move():
-    """Nothing was lost here, but a quarter of the error may be on new samples."""
-    for error, drop in ((0.0, 0.0), (0.02, 0.005), (0.4, 0.1)):
+    """Nothing was lost here, but 0.45 of the error may be on new samples."""
+    for error, drop in ((0.0, 0.0), (0.02, 0.009), (0.4, 0.18)):
         found = look(network(), load_metric("top1"), error=error, right=0.9)
         assert found.drop == pytest.approx(drop)
         assert found.error == error
