@@ -31,6 +31,7 @@ from onnxcomp.search.working import finish
 T = TypeVar("T")
 _FRONT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 _TABLE_SHARE = 0.5  # of the time limit, that measuring losses may take
+_SAME = 1e-6  # relative difference of predicted times that counts as none
 _SOLVER_SHARE = 0.25  # of the time left, that one programme may take
 
 
@@ -178,12 +179,23 @@ class Search:
             return self.timed("allocate", nearest), str(error)
 
     def fastest(self, losses: Losses, loss: float, limits: Limits) -> Plan | None:
-        """Return the plan of least predicted time within a loss and limits, if any."""
+        """Return the plan of least predicted time within a loss and limits, if any.
+
+        Of plans that take equally long it is the one of least loss.
+        """
+        allocator = self.allocator(losses)
         try:
-            work = partial(self.allocator(losses).fastest, loss, limits)
-            return self.timed("allocate", work)
+            plan = self.timed("allocate", partial(allocator.fastest, loss, limits))
         except LimitError:
             return None
+        if plan.empty:
+            return plan
+        within = partial(allocator.choose, limits, seconds=plan.seconds * (1 + _SAME))
+        try:
+            best = self.timed("allocate", within)
+        except LimitError:
+            return plan
+        return best if best.loss < plan.loss else plan
 
     def solve(self, plan: Plan, losses: Losses) -> Candidate:
         """Solve a plan's arrays, or take them over from an earlier run.
