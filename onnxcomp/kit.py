@@ -12,15 +12,12 @@ the same script on the same files in this process.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -30,7 +27,7 @@ from onnxcomp.bench import Benchmark, Machine, Recording, recorded_latency
 from onnxcomp.calibration_chains import ELEMENT_BASE, build_chain
 from onnxcomp.errors import ParameterError
 from onnxcomp.json_fields import Fields
-from onnxcomp.loading import write_model
+from onnxcomp.loading import replacing, write_model
 from onnxcomp.model import Array, Model
 
 SCRIPT = "measure.py"
@@ -137,14 +134,11 @@ def write_kit(
     Raises:
         ParameterError: The zip cannot be written, or is one of `inputs`.
     """
-    for given in inputs:
-        if os.path.realpath(given) == os.path.realpath(path):
-            raise ParameterError(f"'{path}' is an input file, which is never overwritten")
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, replacing(path, inputs=inputs) as stream:
         folder = Path(name)
         assemble(folder, chains, models, feeds or {})
         (folder / SCRIPT).write_bytes(Path(kit_script.__file__).read_bytes())
-        _zip(folder, path)
+        _zip(folder, stream)
 
 
 def assemble(
@@ -203,28 +197,20 @@ def _model_entries(
     return entries
 
 
-def _zip(folder: Path, path: Path) -> None:
-    """Zip a folder's files, sorted and without dates, so that all or nothing appears."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with zipfile.ZipFile(temporary, "x", zipfile.ZIP_DEFLATED) as archive:
-            for file in sorted(folder.rglob("*")):
-                if file.is_file():
-                    info = zipfile.ZipInfo(file.relative_to(folder).as_posix(), _DATE)
-                    info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, _MODE
-                    large = file.stat().st_size >= 2**31
-                    with (
-                        file.open("rb") as source,
-                        archive.open(info, "w", force_zip64=large) as sink,
-                    ):
-                        while block := source.read(2**20):
-                            sink.write(block)
-        temporary.replace(path)
-    except OSError as error:
-        raise ParameterError(f"'{path}' cannot be written: {error.strerror}") from error
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+def _zip(folder: Path, stream: BinaryIO) -> None:
+    """Zip a folder's files, sorted and without dates."""
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                info = zipfile.ZipInfo(file.relative_to(folder).as_posix(), _DATE)
+                info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, _MODE
+                large = file.stat().st_size >= 2**31
+                with (
+                    file.open("rb") as source,
+                    archive.open(info, "w", force_zip64=large) as sink,
+                ):
+                    while block := source.read(2**20):
+                        sink.write(block)
 
 
 def parse_result(data: object, source: str) -> Result:

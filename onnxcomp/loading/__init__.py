@@ -4,7 +4,7 @@ import os
 
 from onnxcomp.loading.limits import LoadLimits
 from onnxcomp.loading.reading import LoadedModel, read_model
-from onnxcomp.loading.writing import write_model, write_text
+from onnxcomp.loading.writing import replacing, write_model, write_text
 from onnxcomp.model import Model
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "as_model",
     "load",
     "read_model",
+    "replacing",
     "write_model",
     "write_text",
 ]

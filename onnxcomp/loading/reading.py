@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy.typing as npt
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # has no stubs
 from onnx import numpy_helper
 
 from onnxcomp.errors import InvalidModelError, OnnxcompError

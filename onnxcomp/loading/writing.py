@@ -90,11 +90,28 @@ def write_text(
     Raises:
         ParameterError: As for `write_model`.
     """
+    with replacing(path, inputs=inputs) as stream:
+        stream.write(text.encode())
+
+
+@contextmanager
+def replacing(
+    path: str | os.PathLike[str], *, inputs: Iterable[str | os.PathLike[str]] = ()
+) -> Iterator[BinaryIO]:
+    """Give a stream whose content gets the name `path` if the block succeeds.
+
+    Args:
+        path: The file to write; one that exists is replaced.
+        inputs: Files that must not be overwritten.
+
+    Raises:
+        ParameterError: As for `write_model`.
+    """
     target = Path(path)
     _check_target(target, inputs)
     try:
         with _replacing([target]) as (stream,):
-            stream.write(text.encode())
+            yield stream
     except OSError as error:
         raise ParameterError(f"'{target}' cannot be written: {error.strerror}") from error
 

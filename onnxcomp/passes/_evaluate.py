@@ -141,9 +141,12 @@ def _run(node: Node, inputs: Sequence[Array | None], opset: int) -> list[Array]:
         if opset < 7 and len(inputs) > 1:
             raise ValueError("operators before opset 7 broadcast in their own way")
         result = np.asarray(_ARITHMETIC[node.op](*inputs))
-        arithmetic = result.dtype != np.bool_ and inputs[0] is not None
-        return [result.astype(inputs[0].dtype) if arithmetic else result]  # type: ignore[union-attr]
+        first = inputs[0]
+        if first is None or result.dtype == np.bool_:
+            return [result]
+        return [result.astype(first.dtype)]
     if node.op == "DequantizeLinear":
+        # its first two operands are never absent, which the types do not say
         return [_dequantize(node, *inputs)]  # type: ignore[arg-type]
     if node.op == "Cast":
         _check_cast(inputs[0], node.attrs["to"])

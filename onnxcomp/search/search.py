@@ -224,14 +224,12 @@ class Search:
             kept = dict(walked.weights)
             self.store.put_model("model", key, model)
             self.store.put("walk", key, kept)
-        return Candidate(plan, model, kept, self.timed("judge", partial(self._error, kept)))
+        error = self.timed("judge", lambda: self._judged.of(kept))
+        return Candidate(plan, model, kept, error)
 
     def _progress_until_deadline(self, label: str, share: float) -> None:
         self.deadline.check()
         self._progress(label, share)
-
-    def _error(self, weights: Mapping[str, Array]) -> float:
-        return self._judged.of(weights)
 
     @cached_property
     def _judged(self) -> OutputMeter:

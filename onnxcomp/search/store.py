@@ -40,7 +40,7 @@ from typing import Any, BinaryIO, Literal, TypeVar
 import ml_dtypes
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # has no stubs
 
 from onnxcomp.errors import ParameterError
 from onnxcomp.model import Array, Model
