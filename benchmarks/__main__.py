@@ -14,6 +14,8 @@ from benchmarks.common import RESULTS, TARGET, Options, Outcome, Record, Skipped
 
 NAMES = (
     "additivity",
+    "joint",
+    "joint_runtime",
     "latency_model",
     "memory",
     "peers",

@@ -26,7 +26,8 @@ from onnxcomp.analysis.target import TARGETS, Target
 from onnxcomp.errors import ParameterError
 from onnxcomp.numerics.svd import FORMS
 from onnxcomp.passes.base import Option, Proposal
-from onnxcomp.passes.factorize import Factorize, chain, kernel_shape4
+from onnxcomp.passes.chains import kernel_shape4
+from onnxcomp.passes.factorize import Factorize, chain
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.search.losses import Losses, LossMeter
 from onnxcomp.search.space import Plan, Space

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,7 @@ def compress(
     data: str,
     out: str,
     macs: float | None = None,
+    size: float | None = None,
     max_latency: float | None = None,
     drop: float | None = None,
     drift: float | None = None,
@@ -49,6 +51,7 @@ def compress(
         data: Samples to fit on, an `.npz` file.
         out: The file to write.
         macs: As in `Limits`.
+        size: As in `Limits`.
         max_latency: `latency` of `Limits`.
         drop: As in `Limits`.
         drift: As in `Limits`.
@@ -58,7 +61,7 @@ def compress(
     """
     network = onnxcomp.load(file_of(model))
     samples = onnxcomp.load_samples(data, network.signature.inputs)
-    limits = {"macs": macs, "latency": max_latency, "drop": drop, "drift": drift}
+    limits = {"macs": macs, "size": size, "latency": max_latency, "drop": drop, "drift": drift}
     start = time.monotonic()
     result = onnxcomp.compress(
         network,
@@ -79,6 +82,7 @@ def compress(
         "seconds": seconds,
         "phases": dict(result.report.seconds),
         "actions": len(result.report.actions),
+        "kinds": Counter(_kind(action.what) for action in result.report.actions),
         "notes": list(result.report.notes),
         "loss": result.plan.loss,
         "holdout": None
@@ -87,6 +91,11 @@ def compress(
         "original": asdict(result.report.original),
         "result": asdict(result.report.result),
     }
+
+
+def _kind(what: str) -> str:
+    """Return what an action did without its figures."""
+    return "narrower" if " channels become " in what else what.split(" of rank ")[0]
 
 
 def build(*, name: str, out: str, seed: int = 0) -> None:

@@ -8,8 +8,9 @@ from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.target import Target
 from onnxcomp.model import Model
 from onnxcomp.numerics.svd import FORMS
+from onnxcomp.passes.chains import kernel_shape4
 from onnxcomp.passes.channel_surgery import remove
-from onnxcomp.passes.factorize import Factorize, kernel_shape4
+from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.search.working import finish, prepare
 from tests.graphs import sane_feeds

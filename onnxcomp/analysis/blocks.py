@@ -39,12 +39,14 @@ class Repetition:
     """Linear nodes that have the same kernel shape at the same place of repeated blocks.
 
     Attributes:
+        name: What reports call it, such as "stage1.conv0.32x32x3x3"; no other has it.
         stage: Number of the stage; -1 in networks without residual Adds.
         position: Place along the path of a block, from 0; -1 without residual Adds.
         kernel: Shape (out_channels, in_channels, *kernel_shape).
         members: At least two nodes, in file order.
     """
 
+    name: str
     stage: int
     position: int
     kernel: tuple[int, ...]
@@ -90,13 +92,24 @@ def find_repetitions(
             continue
         kernel = (linear.out_channels, linear.in_channels, *linear.kernel_shape)
         place = places.get(linear.id, (-1, -1))
-        kind = f"{linear.node.op} {linear.dilations}"
+        layout = linear.node.attrs.get("transB", 0)
+        kind = f"{linear.node.op} {layout} {linear.dtype} {linear.dilations}"
         found.setdefault((place, kernel, kind), []).append(linear.id)
-    return tuple(
-        Repetition(*place, kernel, tuple(members))
-        for (place, kernel, _), members in found.items()
-        if len(members) > 1
-    )
+    names: dict[str, int] = {}
+    repetitions = []
+    for (place, kernel, _), members in found.items():
+        if len(members) > 1:
+            name = _named(place, kernel)
+            names[name] = names.get(name, 0) + 1
+            name += f"#{names[name]}" * (names[name] > 1)
+            repetitions.append(Repetition(name, *place, kernel, tuple(members)))
+    return tuple(repetitions)
+
+
+def _named(place: tuple[int, int], kernel: tuple[int, ...]) -> str:
+    stage, position = place
+    where = "repeated" if stage < 0 else f"stage{stage}.conv{position}"
+    return f"{where}.{'x'.join(str(extent) for extent in kernel)}"
 
 
 def _residual(model: Model, tensors: Mapping[str, TensorFact], node: Node) -> bool:

@@ -181,6 +181,11 @@ def stored_as(op: str, attrs: Mapping[str, Any], kernel: Array) -> Array:
     )
 
 
+def out_axis(op: str, attrs: Mapping[str, Any]) -> int:
+    """Return the axis of the output channels in a stored weight, 0 or 1."""
+    return 0 if op != "ConvTranspose" and _rows_out(op, attrs) else 1
+
+
 def _rows_out(op: str, attrs: Mapping[str, Any]) -> bool:
     """Whether the stored weight has output channels first."""
     return bool(attrs.get("transB", 0)) if op == "Gemm" else op != "MatMul"

@@ -5,6 +5,7 @@ interpolation   few measurements of what grows with a known quantity
 moments         second moments of one linear map, and the refits they answer
 noise           1/f noise, as images without content
 svd             low-rank forms of one kernel in the metric of its inputs
+joint_svd       the same forms with factors that several kernels have in common
 selection       which input channels can go, and what is lost
 knapsack        one option for every unit under limits, exactly
 """

@@ -79,14 +79,15 @@ def balanced(
     scaled = list(kernels)
     for i, energy in enumerate(energies):
         behind = np.square(compose(kernels[i + 1 :])).sum(axis=(0, 2, 3))
-        ratio = _floored(energy) / _floored(behind)
+        ratio = floored(energy) / floored(behind)
         scale = ratio[:, None, None, None] ** 0.25
         scaled[i] = scaled[i] / scale
         scaled[i + 1] = scaled[i + 1] * scale.reshape(1, -1, 1, 1)
     return Factorization(form, tuple(scaled))
 
 
-def _floored(energy: Array) -> Array:
+def floored(energy: Array) -> Array:
+    """Return energies without those so small that a balance of them would overflow."""
     top = float(energy.max())
     return np.maximum(energy, _SPREAD * top) if top > 0 else np.ones_like(energy)
 
@@ -99,7 +100,7 @@ def refit(form: Factorization, target: Array, metric: PatchMetric | None) -> Fac
     """
     first, last = compose(form.kernels[:-1]), form.kernels[-1]
     v = last.shape[2] * last.shape[3]
-    A = _last(
+    A = last_factor(
         target.reshape(len(last), -1, v),
         metric,
         first.reshape(len(first), -1),
@@ -118,7 +119,7 @@ def dense_metric(metric: PatchMetric) -> Array:
     return xx
 
 
-def _last(blocks: Array, metric: PatchMetric | None, B: Array, prior: Array) -> Array:
+def last_factor(blocks: Array, metric: PatchMetric | None, B: Array, prior: Array) -> Array:
     """Return the exact least-squares second factor (m, r, v) given the basis (r, u)."""
     m, u, v = blocks.shape
     if metric is None:  # S = I separates the offsets: one small system for all of them

@@ -1,17 +1,51 @@
 """Few measurements of something that grows with a quantity that is known exactly."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 T = TypeVar("T")
 _FLOOR = 1e-3  # of the largest measurement; what is less is noise
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Measured losses over closed-form errors, straight lines between logarithms.
+
+    Attributes:
+        errors: ascending, shape (n,).
+        losses: of the same shape; n may be 0.
+    """
+
+    errors: NDArray[np.float64]
+    losses: NDArray[np.float64]
+
+    @property
+    def top(self) -> float:
+        """The largest error that was measured, beyond which nothing is known."""
+        return float(self.errors[-1]) if len(self.errors) else -np.inf
+
+    def at(self, error: float) -> float:
+        """Return the loss at an error, never falling as it grows; infinite beyond the top.
+
+        Below the smallest error measured, the loss falls in proportion to the error.
+        """
+        if error > self.top:
+            return float("inf")
+        tiny = max(_FLOOR * float(self.losses.max()), _TINY)
+        x = np.log(np.maximum(self.errors, _TINY))
+        y = np.maximum.accumulate(np.log(np.maximum(self.losses, tiny)))
+        at = np.log(max(error, _TINY))
+        return float(np.exp(np.interp(at, x, y)) * min(1.0, np.exp(at - x[0])))
 
 
 def interpolated(
     errors: Mapping[T, float], loss: Callable[[T], float], *, count: int
-) -> dict[T, float]:
+) -> tuple[dict[T, float], Curve]:
     """Measure the loss of a few options and interpolate log loss over log error.
 
     Args:
@@ -21,20 +55,16 @@ def interpolated(
 
     Returns:
         A loss for every option: as measured, and between those never falling as the error
-        grows.  Options of larger error than every one of finite loss are left out.
+        grows; options of larger error than every one of finite loss are left out.  And the
+        curve through the measurements.
     """
     ranked = sorted(errors, key=lambda o: errors[o])
     picks = np.unique(np.linspace(0, len(ranked) - 1, count).round().astype(int))
     measured = {ranked[i]: loss(ranked[i]) for i in picks}
     measured = {option: lost for option, lost in measured.items() if np.isfinite(lost)}
+    curve = Curve(np.array([errors[o] for o in measured]), np.array([*measured.values()]))
     if not measured:
-        return {}
-    tiny = max(_FLOOR * max(measured.values()), 1e-30)
-    x = np.log([max(errors[option], 1e-30) for option in measured])
-    y = np.maximum.accumulate(np.log([max(lost, tiny) for lost in measured.values()]))
-    top = max(errors[option] for option in measured)
-    ranked = [option for option in ranked if errors[option] <= top]
-    at = np.log([max(errors[option], 1e-30) for option in ranked])
-    return dict(zip(ranked, np.exp(np.interp(at, x, y)).tolist(), strict=True)) | {
-        option: max(lost, tiny) for option, lost in measured.items()
-    }
+        return {}, curve
+    tiny = max(_FLOOR * max(measured.values()), _TINY)
+    found = {o: curve.at(errors[o]) for o in ranked if errors[o] <= curve.top}
+    return found | {o: max(lost, tiny) for o, lost in measured.items()}, curve

@@ -44,7 +44,7 @@ class Table:
     """The options of one unit.
 
     Attributes:
-        scope: 0, 1 or 2 distinct indices of shared variables.
+        scope: distinct indices of shared variables, often none or two.
         states: integer, shape (n, len(scope)): each option's values of these variables.
         loss: shape (n,), finite.
         costs: shape (n, L), finite, one column per limit.
@@ -295,13 +295,9 @@ def _undominated(table: Table, domains: Sequence[int], limited: NDArray[np.bool_
 def _check(index: int, table: Table, domains: Sequence[int], limits: Array) -> None:
     owner, n = f"allocate: table {index}", len(table.loss)
     scope = table.scope
-    if (
-        len(scope) > 2
-        or len(set(scope)) < len(scope)
-        or not set(scope) <= set(range(len(domains)))
-    ):
+    if len(set(scope)) < len(scope) or not set(scope) <= set(range(len(domains))):
         raise ParameterError.of(
-            owner, "scope", f"up to 2 distinct variables below {len(domains)}", scope
+            owner, "scope", f"distinct variables below {len(domains)}", scope
         )
     if not n or table.states.shape != (n, len(scope)) or table.costs.shape != (n, len(limits)):
         raise ParameterError.of(

@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from onnxcomp.passes.base import Pass
 from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.passes.fold_batchnorm import FoldBatchnorm
 from onnxcomp.passes.fold_constants import FoldConstants
 from onnxcomp.passes.make_biases_explicit import MakeBiasesExplicit
@@ -18,6 +19,7 @@ PASSES: Mapping[str, type[Pass]] = MappingProxyType(
         pass_.name: pass_
         for pass_ in (
             Factorize,
+            FactorizeJointly,
             FoldBatchnorm,
             FoldConstants,
             MakeBiasesExplicit,

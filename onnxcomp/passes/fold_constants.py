@@ -37,7 +37,8 @@ class FoldConstants:
     """Evaluates nodes whose inputs are all constant, by a fixed list of operators.
 
     A result is kept where it has at most 1024 elements, takes no more bytes than what goes
-    away with it, or is a weight of a linear, recurrent or normalising node.
+    away with it, or is a weight of a linear, recurrent or normalising node.  Of weights that
+    are joined from parts, common parts are not copied.
     """
 
     name: ClassVar[str] = "fold_constants"
@@ -120,7 +121,8 @@ class _Folding:
         freed = self._freed(node)
         small = sum(self.values[name].size for name in kept) <= _SMALL_ELEMENTS
         stored = node.op == "Constant" or all(self._is_weight(name) for name in kept)
-        if small or stored or added <= freed:
+        joined = stored and node.op == "Concat" and self._shares(node)
+        if ((small or stored) and not joined) or added <= freed:
             self._folded.add(node.id)
             return None
         return f"as an initializer it would make the file {added - freed} bytes larger"
@@ -132,6 +134,12 @@ class _Folding:
             for use in self._view.uses(name)
             if use.node.id not in self._folded
         )
+
+    def _shares(self, node: Node) -> bool:
+        """Say whether another node that stays reads an initializer that a node reads."""
+        weights = self._view.model.weights
+        uses = (use for n in node.inputs if n in weights for use in self._view.uses(n))
+        return any(use.node.id not in {node.id, *self._folded} for use in uses)
 
     def _freed(self, node: Node) -> int:
         """Return the bytes of the constants that go from the file together with a node.

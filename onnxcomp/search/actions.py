@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.base import Option
+from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.report import Action
 from onnxcomp.search.losses import Losses
@@ -32,7 +33,25 @@ def describe(
         actions.append(Action(RemoveChannels.name, name, what, loss, macs))
     for node, option in plan.forms.items():
         changed.add(node)
-        what = f"{option.form} of rank {option.size[0]}"
+        what = f"{option.form} of rank {' + '.join(str(size) for size in option.size)}"
+        if option.method == FactorizeJointly.name:
+            lost = losses.joint.losses[node, option]
+            group = space.joint_groups[option.target]
+            before, after = (_microseconds(space, plan, node, o) for o in (None, option))
+            what += (
+                f", in common with {len(group.members) - 1} others of {group.name}; "
+                f"predicted {before:.0f} -> {after:.0f} us"
+            )
+        else:
+            lost = losses.forms[option]
         macs = linears[node].convolution.macs
-        actions.append(Action(Factorize.name, node, what, losses.forms[option], macs))
+        actions.append(Action(option.method, node, what, lost, macs))
     return tuple(actions), sum(linears[node].convolution.macs for node in changed)
+
+
+def _microseconds(space: Space, plan: Plan, node: str, option: Option | None) -> float:
+    """Return the predicted time of a node at a plan's widths, whole or factorised."""
+    linear = space.facts.linears[node]
+    c = space.input_side(linear).width(plan.widths)
+    m = space.output_side(linear).width(plan.widths)
+    return 1e6 * space.target.chain_seconds(space.steps(linear, option, c, m))

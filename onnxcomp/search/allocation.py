@@ -13,19 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from onnxcomp.analysis.cost import is_parameter
 from onnxcomp.analysis.linear import Linear
-from onnxcomp.analysis.target import Convolution
 from onnxcomp.errors import LimitError
 from onnxcomp.numerics.knapsack import Allocation, SolverTimeoutError, Table, allocate
-from onnxcomp.numerics.svd import FORMS
 from onnxcomp.passes.base import Option
-from onnxcomp.passes.factorize import kernel_shape4
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.settings import Limits, Row
-from onnxcomp.search.space import Plan, Space, header_bytes
+from onnxcomp.search.space import Plan, Space, fits
+from onnxcomp.search.tables import Rows, Tables
 
 _ROUNDS = 3  # times the budget is corrected for nodes that more than two groups touch
 _GAP = 5e-3  # of the optimum; losses are measured to a few per cent
@@ -49,20 +45,6 @@ class _Goal:
     def of(self, plan: Plan) -> float:
         """Return what is minimised."""
         return plan.loss if self.column == _LOSS else plan.seconds
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of one table: states of its variables, measures (n, 5), and options."""
-
-    scope: tuple[int, ...]
-    states: npt.NDArray[np.int64]
-    measures: Row
-    options: list[Option | None]
-
-    def table(self, goal: _Goal) -> Table:
-        """Return the table that minimises the goal's column."""
-        return Table(self.scope, self.states, self.measures[:, goal.column], self.measures)
 
 
 class Allocator:
@@ -90,6 +72,7 @@ class Allocator:
         self._time_limit_s = time_limit_s
         self._patience = patience
         self._names = [n for n in space.widths if losses.widths.get(n)]
+        self._tables = Tables(space, losses)
 
     def choose(self, limits: Limits, *, seconds: float = np.inf, rough: bool = False) -> Plan:
         """Return the plan of least loss within absolute limits, or one little worse.
@@ -237,27 +220,31 @@ class Allocator:
             )
             for name in names
         }
-        index = {name: i for i, name in enumerate(names)}
+        index = {name: i for i, name in enumerate([*names, *self._tables.choices])}
+        linears = list(self._space.facts.linears.values())
         rows = [
-            self._node_rows(linear, domains, index, assumed, goal.loss)
-            for linear in self._space.facts.linears.values()
+            self._tables.of_node(linear, domains, index, assumed, goal.loss)
+            for linear in linears
         ]
-        rows += [self._group_rows(name, domains[name], index[name]) for name in names]
+        rows += [self._tables.of_group(name, domains[name], index[name]) for name in names]
+        rows += [
+            self._tables.of_repetition(name, domains, index, assumed)
+            for name in self._tables.choices
+        ]
         rest = self._rest(domains)
-        tables = [table.table(goal) for table in [*rows, rest]]
+        tables = [table.table(goal.column) for table in [*rows, rest]]
         sizes = [len(domains[n]) for n in names]
+        sizes += [len(choices) for choices in self._tables.choices.values()]
         found = self._allocate(sizes, tables, np.array([goal.loss, *bound]))
         widths = {
             name: domains[name][value]
-            for name, value in zip(names, found.values, strict=True)
+            for name, value in zip(names, found.values, strict=False)
             if domains[name][value] < self._space.groups[name].size
         }
-        chosen = (t.options[row] for t, row in zip(rows, found.options, strict=False))
-        forms = {
-            option.target: option
-            for option in chosen
-            if option is not None and self._still_fits(option, widths)
-        }
+        chosen = [t.options[row] for t, row in zip(rows, found.options, strict=False)]
+        taken = [(n, o) for n, o in zip(linears, chosen, strict=False) if o is not None]
+        unfit = {option for n, option in taken if not self._still_fits(n, option, widths)}
+        forms = {linear.id: option for linear, option in taken if option not in unfit}
         return self._plan(widths, forms, float(found.costs[0])), found.costs[1:]
 
     def _allocate(
@@ -271,98 +258,22 @@ class Allocator:
             seconds *= _PATIENT
             return allocate(sizes, tables, limits, time_limit_s=seconds, relative_gap=_GAP)
 
-    def _rest(self, domains: Mapping[str, tuple[int, ...]]) -> _Rows:
+    def _rest(self, domains: Mapping[str, tuple[int, ...]]) -> Rows:
         """Return a table of one row: what no plan changes."""
         index = {name: i for i, name in enumerate(domains)}
         whole = self._measure(self._plan({}, {}, 0.0))
         for linear in self._space.facts.linears.values():
             own = self._space.steps(linear, None, linear.in_channels, linear.out_channels)
-            whole -= (self._space.target.chain_seconds(own), *self._step_costs(linear, own))
+            costs = self._tables.step_costs(linear, None, own)
+            whole -= (self._space.target.chain_seconds(own), *costs)
         for name, domain in domains.items():
-            whole -= self._group_rows(name, domain, index[name]).measures[-1, 1:]
-        return _Rows((), np.zeros((1, 0), np.int64), np.array([[0.0, *whole]]), [None])
+            whole -= self._tables.of_group(name, domain, index[name]).measures[-1, 1:]
+        return Rows((), np.zeros((1, 0), np.int64), np.array([[0.0, *whole]]), [None])
 
-    def _still_fits(self, option: Option, widths: Mapping[str, int]) -> bool:
+    def _still_fits(self, linear: Linear, option: Option, widths: Mapping[str, int]) -> bool:
         """Whether a rank is possible where a third group took another width than assumed."""
-        linear = self._space.facts.linears[option.target]
         inputs, outputs = self._space.input_side(linear), self._space.output_side(linear)
-        return _fits(linear, option, outputs.width(widths), inputs.width(widths))
-
-    def _node_rows(
-        self,
-        linear: Linear,
-        domains: Mapping[str, tuple[int, ...]],
-        index: Mapping[str, int],
-        assumed: Mapping[str, int],
-        ceiling: float,
-    ) -> _Rows:
-        """Return a node's options at all widths of the two groups that touch it most."""
-        space = self._space
-        inputs, outputs = space.input_side(linear), space.output_side(linear)
-        weight: dict[str, int] = {}
-        for name, positions in (*inputs.parts, *outputs.parts):
-            if name in domains:
-                weight[name] = weight.get(name, 0) + positions.size
-        scope = sorted(weight, key=lambda n: (-weight[n], n))[:2]
-        candidates = [
-            (option, lost)
-            for option in space.forms.get(linear.id, ())
-            if (lost := self._losses.forms.get(option)) is not None and lost <= ceiling
-        ]
-        base = {n: w for n, w in assumed.items() if n not in scope}
-        states, measures, options = [], [], []
-        for state in np.ndindex(*(len(domains[n]) for n in scope)):
-            widths = base | {n: domains[n][v] for n, v in zip(scope, state, strict=True)}
-            c, m = inputs.width(widths), outputs.width(widths)
-            share = (c / linear.in_channels) * (m / linear.out_channels)
-            for option, whole in [(None, 0.0), *candidates]:
-                if option is not None and not _fits(linear, option, m, c):
-                    continue
-                steps = space.steps(linear, option, c, m)
-                seconds = space.target.chain_seconds(steps)
-                states.append(state)
-                measures.append((whole * share, seconds, *self._step_costs(linear, steps)))
-                options.append(option)
-        return _Rows(
-            tuple(index[n] for n in scope),
-            np.array(states, np.int64).reshape(len(states), len(scope)),
-            np.array(measures, np.float64),
-            options,
-        )
-
-    def _step_costs(
-        self, linear: Linear, steps: Sequence[Convolution]
-    ) -> tuple[float, float, float]:
-        """Return MACs, parameters and file bytes of a node written as `steps`."""
-        macs, weights = sum(s.macs for s in steps), sum(s.weights for s in steps)
-        size = weights * linear.dtype.itemsize + header_bytes(linear, len(steps))
-        return float(macs), float(weights), float(size)
-
-    def _group_rows(self, name: str, domain: tuple[int, ...], position: int) -> _Rows:
-        """Return losses of a group's widths and the parameters that only it carries."""
-        group = self._space.groups[name]
-        weights = self._space.facts.model.weights
-        linear_weights = {li.weight for li in self._space.facts.linears.values()}
-        per_channel = nbytes = 0
-        for part in group.slices:
-            array = weights.get(part.tensor)
-            if array is None or part.tensor in linear_weights or not is_parameter(array):
-                continue
-            each = array.size // array.shape[part.axis] * part.index.shape[1]
-            per_channel += each
-            nbytes += each * array.itemsize
-        sizes = np.array(domain, np.float64)
-        loss = np.array([self._losses.widths[name].get(w, 0.0) for w in domain])
-        none = np.zeros(len(domain))
-        seconds = sizes * self._space.element_seconds[name]
-        columns = [loss, seconds, none, sizes * per_channel, sizes * nbytes]
-        states = np.arange(len(domain))[:, None]
-        return _Rows((position,), states, np.stack(columns, axis=1), [None] * len(domain))
-
-
-def _fits(linear: Linear, option: Option, out_width: int, in_width: int) -> bool:
-    shape = kernel_shape4(linear, out_width, in_width)
-    return option.size[0] < FORMS[option.form].max_rank(shape)
+        return fits(linear, option, outputs.width(widths), inputs.width(widths))
 
 
 def _spelled(message: str) -> str:

@@ -8,6 +8,9 @@ from collections.abc import Callable
 
 from onnxcomp.errors import ParameterError
 
+Progress = Callable[[str, float], None]
+"""Called with a label and the share of the phase that is done."""
+
 
 class TimeLimitReached(Exception):  # noqa: N818 - an event that a run handles, no mistake
     """The deadline has passed; `Deadline.check` raises it to end what is under way."""

@@ -10,8 +10,8 @@ relative to their variance, adds up over nodes where KL divergence and local err
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,18 @@ from onnxcomp.numerics.moments import Moments
 from onnxcomp.numerics.selection import Elimination, Reader, eliminate
 from onnxcomp.numerics.svd import FORMS
 from onnxcomp.passes.base import Option, Refusal
-from onnxcomp.passes.factorize import Factorize, kernel_shape4
+from onnxcomp.passes.chains import kernel_shape4
+from onnxcomp.passes.factorize import Factorize
 from onnxcomp.runtime import Session
-from onnxcomp.search.deadline import Deadline
+from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.outputs import OutputMeter, raw_outputs
-from onnxcomp.search.refits import like_bias, solve_dense, without_inputs
+from onnxcomp.search.refits import (
+    group_readers,
+    like_bias,
+    solve_dense,
+    without_inputs,
+)
+from onnxcomp.search.sharing import JointLosses
 from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.store import Store
 from onnxcomp.search.twins import Twins
@@ -41,7 +48,6 @@ LATE = "the time limit was reached before it was measured"
 _RESCALED = 10.0  # largest factor between losses alone and in place
 _HOPELESS = 0.5  # share of the output's variance; options with a larger error are left out
 Index = npt.NDArray[np.int64]
-Progress = Callable[[str, float], None]
 # By group: the moments of its readers so far, and the readers to come.
 _Waiting = dict[str, tuple[dict[str, tuple[SecondMoments, ...]], set[str]]]
 
@@ -55,15 +61,17 @@ class Losses:
         widths: Loss of every width worth considering, by group.
         orders: Order in which each group's channels go.
         refusals: Why a node or group has no option left.
+        joint: Loss of each joint factorisation at each of its nodes.
     """
 
     forms: Mapping[Option, float]
     widths: Mapping[str, Mapping[int, float]]
     orders: Mapping[str, Elimination]
     refusals: tuple[Refusal, ...] = ()
+    joint: JointLosses = field(default_factory=JointLosses)
 
     def of(self, plan: Plan) -> dict[str | Option, float]:
-        """Return the loss of every option of a plan, by group or by factorisation."""
+        """Return the loss of every option of a plan, by group or by node of a chain."""
         measured = [(n, w, self.widths.get(n, {})) for n, w in plan.widths.items()]
         found: dict[str | Option, float] = {n: lost[w] for n, w, lost in measured if w in lost}
         return found | {o: self.forms[o] for o in plan.forms.values() if o in self.forms}
@@ -89,6 +97,7 @@ class Losses:
             {**self.widths, **widths},
             {**self.orders, **newer.orders},
             self.refusals,
+            self.joint,
         )
 
 
@@ -304,7 +313,7 @@ class LossMeter:
             _, dense = Factorize().fit(option, full, metric)
             return error(dense) - without
 
-        found = interpolated({o: errors[o] for o in kept}, loss, count=_MEASURED)
+        found, _ = interpolated({o: errors[o] for o in kept}, loss, count=_MEASURED)
         self._forms |= found
         if not found:
             self._refusals[linear.id] = "with every smaller form the outputs overflow"
@@ -347,9 +356,12 @@ class LossMeter:
             self._refusals[name] = "no linear node reads its channels"
             return
         group = self._space.groups[name]
-        readers = []
+        readers: list[Reader] = []
         for node_id, per_group in metrics.items():
-            readers += self._readers(self._facts.linears[node_id], name, per_group)
+            linear = self._facts.linears[node_id]
+            kernel = linear.kernel(self._model.weights[linear.weight])
+            index = dict(self._space.input_side(linear).parts)[name]
+            readers += group_readers(linear, kernel, index, per_group)
         order = eliminate(readers, group.size)
         self._orders[name] = order
         session = self._group_session(twins, list(metrics))
@@ -367,7 +379,7 @@ class LossMeter:
 
         without = error(group.size) if self._data_aware else 0.0
         points = {w: float(order.losses[group.size - w]) for w in self._space.widths[name]}
-        self._widths[name] = interpolated(
+        self._widths[name], _ = interpolated(
             points, lambda width: error(width) - without, count=_MEASURED
         )
 
@@ -385,25 +397,6 @@ class LossMeter:
 
     def _feeds(self, twins: Twins, lone: bool) -> Sequence[Feeds]:
         return (twins.current.held() if lone else self._batches)[: self._measured]
-
-    def _readers(
-        self, linear: Linear, name: str, metrics: tuple[SecondMoments, ...]
-    ) -> list[Reader]:
-        """Return a reader of a group per convolution group, with the columns it occupies."""
-        kernel = linear.kernel(self._model.weights[linear.weight])
-        index = dict(self._space.input_side(linear).parts)[name]
-        per_in = linear.in_channels // linear.groups
-        rows = len(kernel) // linear.groups
-        readers = []
-        for g, metric in enumerate(metrics):
-            part = index if linear.groups == 1 else index[:, index[0] // per_in == g]
-            local = part - g * per_in if linear.groups > 1 else part
-            offsets = np.arange(linear.spatial)
-            columns = (local[:, :, None] * linear.spatial + offsets).reshape(len(index), -1)
-            weight = kernel[g * rows : (g + 1) * rows].reshape(rows, -1)
-            scale = max(metric.target_energy, 1e-30)
-            readers.append(Reader(weight, metric, columns, 1.0 / scale))
-        return readers
 
     def _without(
         self, linear: Linear, removed: Mapping[str, Index], metrics: tuple[SecondMoments, ...]

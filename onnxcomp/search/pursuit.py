@@ -284,4 +284,8 @@ def _shaken(losses: Losses, rng: np.random.Generator) -> Losses:
             name: {w: lost * factor(name) for w, lost in widths.items()}
             for name, widths in losses.widths.items()
         },
+        joint=replace(
+            losses.joint,
+            losses={(n, o): lost * factor(n) for (n, o), lost in losses.joint.losses.items()},
+        ),
     )

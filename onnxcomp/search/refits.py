@@ -10,6 +10,7 @@ import numpy.typing as npt
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.moments import SecondMoments, grouped
 from onnxcomp.model import Array
+from onnxcomp.numerics.selection import Reader
 
 Index = npt.NDArray[np.int64]
 
@@ -56,6 +57,31 @@ def without_inputs(linear: Linear, kernel: Array, inputs: Index) -> Array:
     per_group = stay.reshape(linear.groups, -1)
     mask = np.repeat(per_group, len(kernel) // linear.groups, axis=0)
     return np.asarray(kernel * mask.reshape(*mask.shape, *(1,) * (kernel.ndim - 2)))
+
+
+def group_readers(
+    linear: Linear, kernel: Array, index: Index, metrics: Sequence[SecondMoments]
+) -> list[Reader]:
+    """Return a reader of a channel group per convolution group of a node that reads it.
+
+    Args:
+        linear: The node.
+        kernel: Its kernel, shape (m, c / groups, *kernel_shape).
+        index: Its input channels that are the group's, shape (size, positions per channel).
+        metrics: Moments per convolution group.
+    """
+    per_in = linear.in_channels // linear.groups
+    rows = len(kernel) // linear.groups
+    readers = []
+    for g, metric in enumerate(metrics):
+        part = index if linear.groups == 1 else index[:, index[0] // per_in == g]
+        local = part - g * per_in if linear.groups > 1 else part
+        offsets = np.arange(linear.spatial)
+        columns = (local[:, :, None] * linear.spatial + offsets).reshape(len(index), -1)
+        weight = kernel[g * rows : (g + 1) * rows].reshape(rows, -1)
+        scale = max(metric.target_energy, 1e-30)
+        readers.append(Reader(weight, metric, columns, 1.0 / scale))
+    return readers
 
 
 def like_bias(bias: Array, old: Array) -> Array:

@@ -21,9 +21,8 @@ from onnxcomp.metrics import Metric, load_metric
 from onnxcomp.model import Model
 from onnxcomp.report import Figures, Report
 from onnxcomp.samples import Samples
-from onnxcomp.search.deadline import Deadline
+from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.judge import Judge
-from onnxcomp.search.losses import Progress
 from onnxcomp.search.pursuit import Outcome, Pursuit
 from onnxcomp.search.search import Point, Search
 from onnxcomp.search.settings import Limits, Settings

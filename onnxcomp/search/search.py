@@ -19,10 +19,11 @@ from onnxcomp.report import Action
 from onnxcomp.search.actions import describe
 from onnxcomp.search.adaptation import Adapted
 from onnxcomp.search.allocation import Allocator
-from onnxcomp.search.deadline import Deadline
-from onnxcomp.search.losses import Losses, LossMeter, Progress
+from onnxcomp.search.deadline import Deadline, Progress
+from onnxcomp.search.losses import Losses, LossMeter
 from onnxcomp.search.outputs import OutputMeter
 from onnxcomp.search.settings import Limits, Settings
+from onnxcomp.search.sharing import JointLosses, Sharing
 from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.store import Store
 from onnxcomp.search.walk import Walk
@@ -125,8 +126,23 @@ class Search:
         """The losses of single options, measured when they are first asked for."""
         if self._losses is None:
             deadline = self.deadline.share(_TABLE_SHARE)
-            self._losses = self.timed("losses", self._meter(self.store, deadline).run)
+            self._losses = replace(
+                self.timed("losses", self._meter(self.store, deadline).run),
+                joint=self.timed("joint losses", partial(self._joint_losses, deadline)),
+            )
         return self._losses
+
+    def _joint_losses(self, deadline: Deadline) -> JointLosses:
+        settings = self._settings
+        sharing = Sharing(
+            self.space,
+            self._batches,
+            seed=settings.seed,
+            threads=settings.threads,
+            progress=self._progress,
+            data_aware=settings.data_aware,
+        )
+        return sharing.measure(self._measured, self.store, deadline)
 
     def measure_again(self, candidate: Candidate, names: Sequence[str]) -> Losses:
         """Return the losses with some nodes and groups measured in a candidate's place.
@@ -292,5 +308,5 @@ def _key(plan: Plan, losses: Losses) -> list[Any]:
         (name, width, losses.orders[name].order.tolist())
         for name, width in sorted(plan.widths.items())
     ]
-    forms = [(node, o.form, list(o.size)) for node, o in sorted(plan.forms.items())]
+    forms = [(n, o.target, o.form, list(o.size)) for n, o in sorted(plan.forms.items())]
     return [widths, forms]

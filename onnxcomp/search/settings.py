@@ -13,6 +13,7 @@ from onnxcomp.analysis.target import find_target
 from onnxcomp.errors import ParameterError
 from onnxcomp.passes import PASSES
 from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.passes.remove_channels import RemoveChannels
 
 Row = npt.NDArray[np.float64]
@@ -105,7 +106,7 @@ class Settings:
     """
 
     limits: Limits = field(default_factory=Limits)
-    methods: tuple[str, ...] = (RemoveChannels.name, Factorize.name)
+    methods: tuple[str, ...] = (RemoveChannels.name, Factorize.name, FactorizeJointly.name)
     target: str = "x86-avx512"
     grid: str = "auto"
     exclude: str | None = None

@@ -13,15 +13,17 @@ from onnxcomp.analysis.target import find_target
 from onnxcomp.augmentation import augmented
 from onnxcomp.evaluate import usable_batch
 from onnxcomp.model import Array, Model
+from onnxcomp.numerics.joint_svd import JOINT_FORMS
+from onnxcomp.passes.base import Pass
 from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples, as_samples
 from onnxcomp.search.adaptation import Adapted, adapted, batchnorm_statistics
-from onnxcomp.search.deadline import Deadline
-from onnxcomp.search.losses import Progress
+from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.search import Search
-from onnxcomp.search.settings import Settings
+from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.space import Space
 from onnxcomp.search.store import Store, identity_of
 from onnxcomp.search.working import working_model
@@ -35,6 +37,12 @@ _MEASURED_MACS = 40 * 10**12
 _RUNS = 5  # of the whole network, for the options of one node
 _BATCH = 32
 _STATE_BYTES = 8  # of a live float32, in both networks of the walk
+# The others were never among the best of a group of ResNet-20 and -56, and take their time.
+_SHARED = tuple(
+    name
+    for name in JOINT_FORMS
+    if name not in ("spatial_last", "output_basis_both", "tucker2_outer")
+)
 # Settings that losses and candidates depend on; the others may differ in a run that goes on.
 _DECISIVE = ("methods", "target", "grid", "exclude", "data_aware", "seed", "memory")
 
@@ -136,9 +144,10 @@ def make_search(
         model = adaptation.model
         facts = Analysis(model, roles.fit, seed=settings.seed, threads=settings.threads)
     batches, measured = _batches(facts, roles.fit, settings.memory, notes)
+    space = _space(facts, settings, adapted=adaptation is not None)
     fixed = [getattr(settings, name) for name in _DECISIVE]
     return Search(
-        _space(facts, settings),
+        space,
         batches,
         measured,
         _feeds(facts, roles.holdout),
@@ -165,13 +174,19 @@ def _adapted(
     return found
 
 
-def _space(facts: Analysis, settings: Settings) -> Space:
-    target, step = find_target(settings.target), settings.step
-    passes = [
+def _space(facts: Analysis, settings: Settings, *, adapted: bool) -> Space:
+    """Return all options; common factors save bytes only, so they wait for such a limit."""
+    target, step, limits = find_target(settings.target), settings.step, settings.limits
+    passes: list[Pass] = [
         kind(target=target, step=step)
         for kind in (RemoveChannels, Factorize)
         if kind.name in settings.methods
     ]
+    small = limits.size is not None or limits.params is not None
+    if FactorizeJointly.name in settings.methods and small:
+        forms = [n for n in _SHARED if not adapted or JOINT_FORMS[n].shares == "first"]
+        slower = limits == Limits(size=limits.size)
+        passes.append(FactorizeJointly(tuple(forms), target=target, step=step, slower=slower))
     return Space(facts, [pass_.propose(facts) for pass_ in passes], target, settings.exclude)
 
 

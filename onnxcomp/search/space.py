@@ -18,8 +18,15 @@ from onnxcomp.analysis.cost import Cost, is_parameter, node_macs
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.target import Convolution, Target
 from onnxcomp.model import Node
+from onnxcomp.numerics.joint_svd import JOINT_FORMS
+from onnxcomp.numerics.svd import FORMS
+from onnxcomp.passes import factorize, factorize_jointly
 from onnxcomp.passes.base import Option, Proposal, Refusal
-from onnxcomp.passes.factorize import chain
+from onnxcomp.passes.chains import kernel_shape4
+from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.factorize_jointly import FactorizeJointly
+from onnxcomp.passes.joint_groups import Group
+from onnxcomp.passes.remove_channels import RemoveChannels
 
 Index = npt.NDArray[np.int64]
 Widths = Mapping[str, int]
@@ -60,7 +67,7 @@ class Plan:
 
     Attributes:
         widths: Width that remains of each changed group.
-        forms: Factorisation by node id.
+        forms: Factorisation by node id, its own or that of a group that it belongs to.
         loss: Predicted loss, the sum of the measured ones.
         cost: Predicted cost of the whole model, exact.
         seconds: Predicted time at batch 1 of all that plans may change.
@@ -101,6 +108,12 @@ class Space:
         self.groups: Mapping[str, ChannelGroup] = {
             group.name: group for group in facts.channels.groups if group.pinned is None
         }
+        self.excluded: frozenset[str] = frozenset(
+            linear.id
+            for linear in facts.linears.values()
+            if exclude is not None and self._matches((linear.id, linear.y), exclude)
+        )
+        self.joint_groups: Mapping[str, Group] = FactorizeJointly().groups(facts)
         options = []
         for option in (option for proposal in proposals for option in proposal.options):
             reason = self._refusal(option, exclude)
@@ -108,27 +121,25 @@ class Space:
                 refusals.append(Refusal(option.target, reason))
             else:
                 options.append(option)
-        self.excluded: frozenset[str] = frozenset(
-            linear.id
-            for linear in facts.linears.values()
-            if exclude is not None and self._matches((linear.id, linear.y), exclude)
-        )
         self.refusals: tuple[Refusal, ...] = tuple(dict.fromkeys(refusals))
         self.widths: dict[str, tuple[int, ...]] = {}
         self.forms: dict[str, tuple[Option, ...]] = {}
+        self.joint: dict[str, tuple[Option, ...]] = {}
         for option in options:
-            if option.method == "remove_channels":
-                self.widths[option.target] = (
-                    *self.widths.get(option.target, ()),
-                    option.size[0],
-                )
-            elif option.method == "factorize":
-                self.forms[option.target] = (*self.forms.get(option.target, ()), option)
+            where = option.target
+            if option.method == RemoveChannels.name:
+                self.widths[where] = (*self.widths.get(where, ()), option.size[0])
+            elif option.method == Factorize.name:
+                self.forms[where] = (*self.forms.get(where, ()), option)
+            elif option.method == FactorizeJointly.name:
+                self.joint[where] = (*self.joint.get(where, ()), option)
 
     def _refusal(self, option: Option, exclude: str | None) -> str:
         """Return why a node, or one of the nodes that carry a group, must stay, or ""."""
         nodes = [option.target]
-        if option.method == "remove_channels":
+        if option.method == FactorizeJointly.name:
+            nodes = [*self.joint_groups[option.target].members]
+        if option.method == RemoveChannels.name:
             group, constants = self.groups[option.target], self.facts.channels.constants
             readers = [reader.node for reader in group.readers]
             for node in readers:
@@ -175,7 +186,7 @@ class Space:
     ) -> list[Convolution]:
         """Return the convolutions that a node becomes at given widths."""
         if option is not None:
-            return chain(linear, option.form, option.size[0], out_width, in_width)
+            return chain_of(linear, option, out_width, in_width)
         whole, groups = linear.convolution, linear.groups
         if linear.id in self._group_counts:
             groups = in_width * groups // linear.in_channels
@@ -234,9 +245,15 @@ class Space:
             macs += own - linear.convolution.macs
             if linear.id in forms:
                 factored[linear.weight] = sum(step.weights for step in steps)
+                factored[linear.weight] -= self._common(linear, forms[linear.id], widths)
         for node in self._products:
             macs += self._product_macs(node, widths) - self.facts.costs[node.id].macs
         params, weight_bytes = base.params, base.weight_bytes
+        for option in {o for o in forms.values() if o.method == FactorizeJointly.name}:
+            linear = self.facts.linears[self.joint_groups[option.target].members[0]]
+            common = self._common(linear, option, widths)
+            params += common
+            weight_bytes += common * linear.dtype.itemsize
         for name, array in self.facts.model.weights.items():
             if not is_parameter(array):
                 continue
@@ -248,16 +265,45 @@ class Space:
             weight_bytes += (size - array.size) * array.itemsize
         return Cost(params, macs, weight_bytes)
 
+    def common_sides(self, option: Option) -> tuple[bool, bool]:
+        """Return on which sides channels may go although common factors touch them.
+
+        On the input and on the output side: where the option's common factors do not touch
+        it, or all members have the same groups of channels there.
+        """
+        if option.method != FactorizeJointly.name:
+            return True, True
+        shares = JOINT_FORMS[option.form].shares
+        inputs, outputs = self._same_sides[option.target]
+        return shares == "last" or inputs, shares == "first" or outputs
+
+    @cached_property
+    def _same_sides(self) -> Mapping[str, tuple[bool, bool]]:
+        """By joint group: whether all members have the same input and output channels."""
+
+        def same(sides: Sequence[Side]) -> bool:
+            shown = [[(n, i.tolist()) for n, i in side.parts] for side in sides]
+            return all(each == shown[0] for each in shown)
+
+        found = {}
+        for name in self.joint:
+            linears = [self.facts.linears[node] for node in self.joint_groups[name].members]
+            inputs = [self.input_side(linear) for linear in linears]
+            outputs = [self.output_side(linear) for linear in linears]
+            found[name] = same(inputs), same(outputs)
+        return found
+
+    def _common(self, linear: Linear, option: Option, widths: Widths) -> int:
+        """Return the weights of a node's chain that its group stores once."""
+        c, m = self.input_side(linear).width(widths), self.output_side(linear).width(widths)
+        return common_weights(linear, option, m, c)
+
     def file_bytes(self, cost: Cost, forms: Mapping[str, Option]) -> int:
         """Return the predicted size of the file, within about 1 %."""
         saved = self.facts.cost.weight_bytes - cost.weight_bytes
         further = 0
         for node, option in forms.items():
-            linear = self.facts.linears[node]
-            widths = linear.out_channels, linear.in_channels
-            further += header_bytes(
-                linear, len(chain(linear, option.form, option.size[0], *widths))
-            )
+            further += header_bytes(self.facts.linears[node], option)
         return self.facts.model.file_bytes - saved + further
 
     @cached_property
@@ -287,11 +333,42 @@ class Space:
         return total
 
 
-def header_bytes(linear: Linear, steps: int) -> int:
+def chain_of(
+    linear: Linear, option: Option, out_width: int, in_width: int
+) -> list[Convolution]:
+    """Return what a factorisation, own or joint, makes of a node at given widths."""
+    if option.method == FactorizeJointly.name:
+        return factorize_jointly.chain(linear, option, out_width, in_width)
+    return factorize.chain(linear, option.form, option.size[0], out_width, in_width)
+
+
+def common_weights(linear: Linear, option: Option, out_width: int, in_width: int) -> int:
+    """Return the weights of a node's chain that its group stores once."""
+    if option.method != FactorizeJointly.name:
+        return 0
+    shape = kernel_shape4(linear, out_width, in_width)
+    return factorize_jointly.shared_weights(option, shape)
+
+
+def fits(linear: Linear, option: Option, out_width: int, in_width: int) -> bool:
+    """Whether the ranks of a factorisation are possible at given widths."""
+    shape = kernel_shape4(linear, out_width, in_width)
+    if option.method == FactorizeJointly.name:
+        return factorize_jointly.possible(option, shape)
+    return option.size[0] < FORMS[option.form].max_rank(shape)
+
+
+def header_bytes(linear: Linear, option: Option | None) -> int:
     """Return about what further nodes take in the file beside their weights.
 
     Names of new nodes, tensors and weights derive from the old ones and occur several times;
     the coefficients were fitted to files of torch and tf2onnx.
     """
-    each = 155 + 3.5 * len(linear.id) + 2 * len(linear.weight)
-    return round((steps - 1) * each)
+    if option is None:
+        return 0
+    node, weight = len(linear.id), len(linear.weight)
+    nodes = len(chain_of(linear, option, linear.out_channels, linear.in_channels)) - 1
+    if option.method != FactorizeJointly.name:
+        return round(nodes * (155 + 3.5 * node + 2 * weight))
+    concats = 2 * (JOINT_FORMS[option.form].shares == "both")
+    return 155 + 80 * nodes + nodes * (3 * node + weight) + concats * (135 + 5 * weight)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +28,17 @@ from onnxcomp.analysis.moments import (
 from onnxcomp.analysis.stream import Feeds
 from onnxcomp.errors import DataError
 from onnxcomp.model import Array, Model
+from onnxcomp.numerics.joint_svd import Joint, refit
 from onnxcomp.passes.base import Arrays, Option
+from onnxcomp.passes.chains import to_plane
 from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.factorize_jointly import FactorizeJointly, arrays_of
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.search.adaptation import Adapted
-from onnxcomp.search.losses import Losses, Progress
+from onnxcomp.search.deadline import Progress
+from onnxcomp.search.losses import Losses
 from onnxcomp.search.refits import like_bias, without_inputs
+from onnxcomp.search.sharing import Sharing
 from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.twins import Twins
 
@@ -123,12 +128,24 @@ class Walk:
             name: losses.orders[name].order[: space.groups[name].size - width].astype(np.int64)
             for name, width in plan.widths.items()
         }
+        self._sharing = Sharing(
+            space,
+            batches,
+            seed=seed,
+            threads=threads,
+            progress=progress,
+            data_aware=data_aware,
+        )
+        self._sensitivity = losses.joint.weights
+        self._joint: dict[str, Joint] = {}
         self._twins = Twins(space.facts, batches, weights={}, threads=threads)
         self._solved: dict[str, Solved] = {}
         self._weights: dict[str, Array] = {}
 
     def run(self) -> Walked:
         """Solve all nodes in order and return the compressed model."""
+        solved = self._sharing.solve(self._plan, self._sensitivity, self._removed)
+        self._joint = {option.target: joint for option, joint in solved.items()}
         linears = list(self._facts.linears.values())
         for position, linear in enumerate(linears):
             self._progress(linear.id, position / len(linears))
@@ -245,11 +262,25 @@ class Walk:
             prior = kernel[block]
             shape = prior.shape
             solved = metric.solve(prior.reshape(len(m), -1), _DAMPING).reshape(shape)
-            if option is not None:
+            if option is not None and option.method == Factorize.name:
                 factors, solved = Factorize().fit(option, solved, metric)
+            elif option is not None:
+                factors, solved = self._fit_private(site, option, solved, metric)
             full[block] = solved
             bias[m] = metric.bias(solved.reshape(len(m), -1))
         return Solved(full, bias, factors)
+
+    def _fit_private(
+        self, site: _Site, option: Option, target: Array, metric: SecondMoments
+    ) -> tuple[Arrays, Array]:
+        """Solve a node's private factors beside the common ones of its group."""
+        joint = self._joint[option.target]
+        members = self._space.joint_groups[option.target].members
+        index = members.index(site.linear.id)
+        moments = metric if self._data_aware else None
+        private = refit(joint, joint.private[index], to_plane(target), moments)
+        found = replace(joint, private=(private,))
+        return arrays_of(found, [site.linear.id]), found.dense(0).reshape(target.shape)
 
     def _restored(self, adapted: Adapted, node_id: str, solved: Solved) -> Solved:
         """Map a node back to the scale that it had before BatchNorm statistics changed it."""
@@ -260,7 +291,7 @@ class Walk:
         kernel, bias = adapted.restore(node_id, solved.kernel, solved.bias, every)
         factors = solved.factors
         if factors:
-            last = str(len(factors) - 1)
+            last = max(factors, key=lambda name: int(name.split()[0]))
             kept = self._space.output_side(linear).kept(self._removed)
             scaled, _ = adapted.restore(node_id, factors[last], bias[kept], kept)
             factors = {**factors, last: scaled}
@@ -287,15 +318,16 @@ class Walk:
         }
         RemoveChannels().apply(draft, self._facts, chosen)
         narrow = draft.seal(by=RemoveChannels.name)
-        forms: Mapping[Option, Arrays] = {
-            option: solved[node_id].factors or {}
-            for node_id, option in self._plan.forms.items()
-        }
+        forms: dict[str, dict[Option, Arrays]] = {}
+        for node_id, option in self._plan.forms.items():
+            same = forms.setdefault(option.method, {})
+            same[option] = {**same.get(option, {}), **(solved[node_id].factors or {})}
         if not forms:
             return narrow
         draft = narrow.edit()
-        Factorize().apply(draft, self._facts, forms)
-        return draft.seal(by=Factorize.name)
+        Factorize().apply(draft, self._facts, forms.get(Factorize.name, {}))
+        FactorizeJointly().apply(draft, self._facts, forms.get(FactorizeJointly.name, {}))
+        return draft.seal(by=", ".join(forms))
 
 
 def _bias_of(solved: Solved) -> Array:

@@ -6,11 +6,15 @@ from onnxcomp.numerics import least_squares
 from onnxcomp.numerics.least_squares import (
     basis_cross,
     basis_gram,
+    basis_image,
     damped_cholesky,
+    first_slope,
     fit_first,
     fit_last,
     offset_mean,
     solve_right,
+    step_first,
+    top_eigen,
 )
 
 M, R, U, V = 5, 2, 6, 3
@@ -58,6 +62,28 @@ def test_fit_first_equals_lstsq(monkeypatch, direct, tolerance, spread):
     assert np.linalg.norm(B.reshape(-1) - want) > 0.1 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize(("steps", "tolerance"), [(None, 1e-6), (40, 1e-4)])
+def test_a_basis_of_several_maps_equals_lstsq_over_all_of_them(steps, tolerance):
+    maps = [problem(seed, spread) for seed, spread in ((4, 1.0), (5, 0.1), (6, 10.0))]
+    weights, start = (1.0, 0.3, 2.0), maps[0][4]
+    units = np.eye(R * U).reshape(-1, R, U)
+    design, wanted, grams, slope = [], [], [], 0.0
+    for weight, (W, S, root, A, _) in zip(weights, maps, strict=True):
+        seen = [np.sqrt(weight) * (A @ np.kron(unit, np.eye(V)) @ root) for unit in units]
+        design.append(np.stack([s.reshape(-1) for s in seen], 1))
+        wanted.append(np.sqrt(weight) * (W @ root).reshape(-1))
+        grams.append((weight * A.T @ A, S))
+        slope = slope + weight * first_slope(A, W @ S - A @ basis_image(start, S), R)
+    want = np.linalg.lstsq(np.concatenate(design), np.concatenate(wanted), rcond=None)[0]
+    step, images = step_first(grams, slope, steps=steps)
+    got = (start + step).reshape(-1)
+    assert np.linalg.norm(got - want) <= tolerance * np.linalg.norm(want)
+    for image, (_, S) in zip(images, grams, strict=True):
+        np.testing.assert_allclose(image, np.kron(step, np.eye(V)) @ S, atol=1e-9)
+    alone, _ = step_first(grams[:1], slope, steps=steps)
+    assert np.linalg.norm(start + alone - want.reshape(R, U)) > 0.1 * np.linalg.norm(want)
+
+
 def test_few_preconditioned_steps_are_enough_for_unequal_inputs(monkeypatch):
     W, S, _, A, B = problem(2, 0.01)
     want = fit_first(W @ S, S, A, B)
@@ -65,8 +91,7 @@ def test_few_preconditioned_steps_are_enough_for_unequal_inputs(monkeypatch):
     monkeypatch.setattr(least_squares, "CG_STEPS", 7)
     got = fit_first(W @ S, S, A, B)
     assert np.linalg.norm(got - want) <= 0.02 * np.linalg.norm(want)
-    plain = least_squares.cg
-    monkeypatch.setattr(least_squares, "cg", lambda *a, **k: plain(*a, **{**k, "M": None}))
+    monkeypatch.setattr(least_squares, "_preconditioner", lambda *a: lambda x: x)
     slow = fit_first(W @ S, S, A, B)
     assert np.linalg.norm(slow - want) > 0.1 * np.linalg.norm(want)
 
@@ -88,3 +113,17 @@ def test_damping_rises_until_it_succeeds_or_is_given_up():
         damped_cholesky(np.array([[1.0, 1e9], [1e9, 1.0]]), 1e-10)
     with pytest.raises(DataError, match="NaN"):
         damped_cholesky(np.full((2, 2), np.nan), 1e-3)
+
+
+def test_few_eigenvectors_are_those_of_the_whole_decomposition():
+    rng = np.random.default_rng(7)
+    X = rng.normal(size=(30, 12))
+    X[:, 6:] = X[:, :6]  # twice the same: every eigenvalue but six is 0
+    values, vectors = top_eigen(X.T @ X)
+    for count in (1, 5, 6, 12):
+        few, top = top_eigen(X.T @ X, count)
+        np.testing.assert_allclose(few, values[:count], atol=1e-10 * values[0])
+        np.testing.assert_allclose(top.T @ top, np.eye(count), atol=1e-12)
+    five = top_eigen(X.T @ X, 5)[1]
+    np.testing.assert_allclose(five @ five.T, vectors[:, :5] @ vectors[:, :5].T, atol=1e-9)
+    assert not np.allclose(five @ five.T, vectors[:, 1:6] @ vectors[:, 1:6].T, atol=1e-2)

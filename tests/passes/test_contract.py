@@ -11,9 +11,11 @@ from onnxcomp.model import Model
 from onnxcomp.passes import FINISH, PASSES, PREPARE
 from onnxcomp.passes.base import Option, Pass, Refusal, run_exact
 from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.factorize_jointly import FactorizeJointly, arrays_of
 from tests.analysis.channel_graphs import Graph
 from tests.graphs import SHARED, sane_feeds
 from tests.passes.exact_checks import TOLERANCE, drift
+from tests.passes.joint_cases import members_of, solved
 from tests.test_model import with_branch
 
 
@@ -190,13 +192,16 @@ def test_applying_leaves_the_source_alone(kind, facts):
     proposal = kind().propose(facts)
     by_target = {option.target: option for option in proposal.options}
     chosen = {}
-    for option in list(by_target.values())[:3]:
+    count = 1 if kind is FactorizeJointly else 3  # its groups overlap
+    for option in list(by_target.values())[:count]:
         arrays = {}
         if option.method == "factorize":
             linear = facts.linears[option.target]
             kernel = linear.kernel(facts.model.weights[linear.weight])
             kernel.setflags(write=False)
             arrays, _ = Factorize().fit(option, kernel, None)
+        elif option.method == "factorize_jointly":
+            arrays = arrays_of(solved(facts, option), members_of(facts, option))
         elif option.method == "remove_channels":
             group = facts.channels.group(option.target)
             arrays = {"removed": np.arange(group.size - option.size[0])}

@@ -14,7 +14,8 @@ from onnxcomp.errors import ParameterError
 from onnxcomp.model import Model
 from onnxcomp.numerics.svd import FORMS
 from onnxcomp.passes.base import Option
-from onnxcomp.passes.factorize import Factorize, _expressible, chain, kernel_shape4
+from onnxcomp.passes.chains import expressible, kernel_shape4
+from onnxcomp.passes.factorize import Factorize, chain
 from onnxcomp.runtime import Session, capture_tensors
 from tests.analysis.channel_graphs import Graph
 from tests.graphs import sane_feeds, shared_models
@@ -123,7 +124,7 @@ def facts_of(model: Model) -> tuple[Analysis, Linear]:
 def forms_of(linear: Linear) -> list[str]:
     """All forms that differ at this kernel's shape and can carry its padding."""
     shape = kernel_shape4(linear, linear.out_channels, linear.in_channels)
-    return [f for f in FORMS if FORMS[f].applies(shape) and _expressible(linear, f)]
+    return [f for f in FORMS if FORMS[f].applies(shape) and expressible(linear, f)]
 
 
 def outputs(model: Model, facts: Analysis) -> np.ndarray:

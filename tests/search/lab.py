@@ -1,6 +1,6 @@
 """The phases of `compress` one by one, on small models."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,15 +10,14 @@ from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.cost import Cost
 from onnxcomp.analysis.target import TARGETS
 from onnxcomp.model import Array, Model
-from onnxcomp.passes.base import Option
+from onnxcomp.passes.base import Option, Pass
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples
-from onnxcomp.search.allocation import _fits
 from onnxcomp.search.losses import Losses, LossMeter
 from onnxcomp.search.outputs import OutputMeter
-from onnxcomp.search.space import Plan, Space
+from onnxcomp.search.space import Plan, Space, fits
 from onnxcomp.search.walk import Walk
 from onnxcomp.search.working import prepare, working_model
 from tests.graphs import sane_feeds
@@ -33,7 +32,7 @@ class Lab:
     """A working model with its search space and fitting batches.
 
     Attributes:
-        space: All widths that are multiples of `step`, and all forms at such ranks.
+        space: Widths that are multiples of `step`, and forms at such ranks.
         batches: Feeds.
     """
 
@@ -42,17 +41,22 @@ class Lab:
 
     @classmethod
     def of(
-        cls, model: Model, *, count: int = 24, size: int = 8, step: int = 2, **options: object
+        cls,
+        model: Model,
+        *,
+        count: int = 24,
+        size: int = 8,
+        step: int = 2,
+        kinds: Sequence[type[Pass]] = (RemoveChannels, Factorize),
+        samples: Samples | None = None,
+        **options: object,
     ) -> "Lab":
-        samples: Samples = sane_feeds(model, count)
+        samples = samples or sane_feeds(model, count)
         work = working_model(prepare(model)[0], samples, seed=SEED)
         facts = Analysis(work, samples, seed=SEED)
         target = TARGETS["x86-avx512"]
-        passes = (
-            RemoveChannels(target=target, step=step),
-            Factorize(target=target, step=step),
-        )
-        space = Space(facts, [p.propose(facts) for p in passes], target, **options)
+        proposals = [kind(target=target, step=step).propose(facts) for kind in kinds]
+        space = Space(facts, proposals, target, **options)
         batches = [b.feed for b in samples.batches(model.signature.inputs, size)]
         return cls(space, batches)
 
@@ -84,7 +88,7 @@ class Lab:
         for node, linear in self.space.facts.linears.items():
             c = self.space.input_side(linear).width(widths)
             m = self.space.output_side(linear).width(widths)
-            options = [o for o in losses.forms if o.target == node and _fits(linear, o, m, c)]
+            options = [o for o in losses.forms if o.target == node and fits(linear, o, m, c)]
             if options and rng.random() < 0.6:
                 forms[node] = options[rng.integers(len(options))]
         return self.lone_plan(widths, forms)

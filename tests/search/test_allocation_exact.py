@@ -9,10 +9,10 @@ import pytest
 from onnxcomp.errors import LimitError
 from onnxcomp.numerics.knapsack import Allocation, SolverTimeoutError, allocate
 from onnxcomp.numerics.selection import Elimination
-from onnxcomp.search.allocation import Allocator, _fits
+from onnxcomp.search.allocation import Allocator
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.settings import Limits
-from onnxcomp.search.space import Plan
+from onnxcomp.search.space import Plan, fits
 from tests.analysis.channel_graphs import Graph
 from tests.search.lab import Lab
 
@@ -70,7 +70,7 @@ def every_plan(seed: int) -> list[Plan]:
         ]
         for forms in product(*options):
             sites = list(zip(linears, sides, shares, forms, strict=True))
-            if all(o is None or _fits(li, o, m, c) for li, (c, m), _, o in sites):
+            if all(o is None or fits(li, o, m, c) for li, (c, m), _, o in sites):
                 loss = lost + sum(losses.forms[o] * s for _, _, s, o in sites if o)
                 named = {o.target: o for o in forms if o}
                 cost, seconds = space.cost(widths, named), space.seconds(widths, named)
