@@ -36,16 +36,15 @@ class Curve:
         """
         if error > self.top:
             return float("inf")
-        tiny = max(_FLOOR * float(self.losses.max()), _TINY)
         x = np.log(np.maximum(self.errors, _TINY))
-        y = np.maximum.accumulate(np.log(np.maximum(self.losses, tiny)))
+        y = np.maximum.accumulate(np.log(np.maximum(self.losses, _TINY)))
         at = np.log(max(error, _TINY))
         return float(np.exp(np.interp(at, x, y)) * min(1.0, np.exp(at - x[0])))
 
 
 def interpolated(
     errors: Mapping[T, float], loss: Callable[[T], float], *, count: int
-) -> tuple[dict[T, float], Curve]:
+) -> dict[T, float]:
     """Measure the loss of a few options and interpolate log loss over log error.
 
     Args:
@@ -55,16 +54,13 @@ def interpolated(
 
     Returns:
         A loss for every option: as measured, and between those never falling as the error
-        grows; options of larger error than every one of finite loss are left out.  And the
-        curve through the measurements.
+        grows.  Options of larger error than every one of finite loss are left out.
     """
     ranked = sorted(errors, key=lambda o: errors[o])
     picks = np.unique(np.linspace(0, len(ranked) - 1, count).round().astype(int))
     measured = {ranked[i]: loss(ranked[i]) for i in picks}
     measured = {option: lost for option, lost in measured.items() if np.isfinite(lost)}
+    tiny = max(_FLOOR * max(measured.values(), default=0.0), _TINY)
+    measured = {option: max(lost, tiny) for option, lost in measured.items()}
     curve = Curve(np.array([errors[o] for o in measured]), np.array([*measured.values()]))
-    if not measured:
-        return {}, curve
-    tiny = max(_FLOOR * max(measured.values()), _TINY)
-    found = {o: curve.at(errors[o]) for o in ranked if errors[o] <= curve.top}
-    return found | {o: max(lost, tiny) for o, lost in measured.items()}, curve
+    return {o: curve.at(errors[o]) for o in ranked if errors[o] <= curve.top} | measured

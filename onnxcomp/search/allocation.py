@@ -20,7 +20,7 @@ from onnxcomp.numerics.knapsack import Allocation, SolverTimeoutError, Table, al
 from onnxcomp.passes.base import Option
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.settings import Limits, Row
-from onnxcomp.search.space import Plan, Space, fits
+from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.tables import Rows, Tables
 
 _ROUNDS = 3  # times the budget is corrected for nodes that more than two groups touch
@@ -271,9 +271,11 @@ class Allocator:
         return Rows((), np.zeros((1, 0), np.int64), np.array([[0.0, *whole]]), [None])
 
     def _still_fits(self, linear: Linear, option: Option, widths: Mapping[str, int]) -> bool:
-        """Whether a rank is possible where a third group took another width than assumed."""
+        """Whether an option is possible where a third group has another width than assumed."""
         inputs, outputs = self._space.input_side(linear), self._space.output_side(linear)
-        return fits(linear, option, outputs.width(widths), inputs.width(widths))
+        return self._tables.allowed(
+            linear, option, outputs.width(widths), inputs.width(widths)
+        )
 
 
 def _spelled(message: str) -> str:

@@ -14,6 +14,7 @@ from onnxcomp.search.space import Space, common_weights
 Choice: TypeAlias = Mapping[str, Option]
 """The joint option of each layer that takes one; empty where each layer is on its own."""
 
+_SAME = 1e-9  # relative difference that counts as none: sums of times in another order
 _MOST = 12  # choices of a repetition, evenly spaced on a logarithmic scale of their weights
 
 
@@ -56,9 +57,8 @@ def _efficient(
     space: Space, losses: Mapping[tuple[str, Option], float], choices: list[Choice]
 ) -> list[Choice]:
     table = np.array([_measures(space, losses, choice) for choice in choices])
-    better = (table[:, None] <= table[None]).all(axis=2) & (table[:, None] < table[None]).any(
-        axis=2
-    )
+    less = table[:, None] < table[None] * (1 - _SAME)
+    better = (table[:, None] <= table[None] * (1 + _SAME)).all(axis=2) & less.any(axis=2)
     kept = np.flatnonzero(~better.any(axis=0))
     if len(kept) > _MOST:
         kept = kept[np.argsort(table[kept, 1])]

@@ -313,7 +313,7 @@ class LossMeter:
             _, dense = Factorize().fit(option, full, metric)
             return error(dense) - without
 
-        found, _ = interpolated({o: errors[o] for o in kept}, loss, count=_MEASURED)
+        found = interpolated({o: errors[o] for o in kept}, loss, count=_MEASURED)
         self._forms |= found
         if not found:
             self._refusals[linear.id] = "with every smaller form the outputs overflow"
@@ -379,7 +379,7 @@ class LossMeter:
 
         without = error(group.size) if self._data_aware else 0.0
         points = {w: float(order.losses[group.size - w]) for w in self._space.widths[name]}
-        self._widths[name], _ = interpolated(
+        self._widths[name] = interpolated(
             points, lambda width: error(width) - without, count=_MEASURED
         )
 

@@ -152,9 +152,10 @@ class Pursuit:
             if plan.empty or reason or candidate.model.digest in seen:
                 break
             seen.add(candidate.model.digest)
-            excess = candidate.model.file_bytes - (self._limits.size or np.inf)
-            if excess > 0:
-                limits = smaller(limits, excess)
+            size = candidate.model.file_bytes
+            if size > (self._limits.size or np.inf):
+                predicted = self._search.space.file_bytes(plan.cost, plan.forms)
+                limits = smaller(self._limits, size - predicted)
             elif met and not self._leaves_time(candidate):
                 break
 

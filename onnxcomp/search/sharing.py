@@ -38,6 +38,7 @@ from onnxcomp.search.twins import Twins
 _log = logging.getLogger(__name__)
 _METHOD = FactorizeJointly.name
 _ROUGHLY = 0  # rounds of alternation where an option is only judged
+_FEWEST = 1  # without metrics, where alternation begins with nothing
 _PROBED = (0.01, 0.07, 0.5)  # relative errors at which a layer's curve is measured
 Removed = Mapping[str, npt.NDArray[np.int64]]
 Solved = Mapping[Option, Joint]
@@ -170,8 +171,9 @@ class Sharing:
                 continue
             weights |= steep
             members = [site.member(steep[site.linear.id]) for site in sites]
+            rounds = _ROUGHLY if self._data_aware else _FEWEST
             for option in self._space.joint[name]:
-                joint = FactorizeJointly().fit(option, members, rounds=_ROUGHLY)
+                joint = FactorizeJointly().fit(option, members, rounds=rounds)
                 for site, error in zip(sites, errors(joint, members), strict=True):
                     lost = curves[site.linear.id].at(float(error))
                     if np.isfinite(lost):
@@ -253,7 +255,7 @@ class Sharing:
             lost = error.of(
                 session.run({n: feed[n] for n in session.input_names}) for feed in feeds
             )
-            if np.isfinite(lost):
+            if np.isfinite(lost) and lost > 0:
                 points.append((tail[rank], lost))
         table = np.array(points).reshape(-1, 2)
         return Curve(table[:, 0], table[:, 1])

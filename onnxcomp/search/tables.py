@@ -82,7 +82,7 @@ class Tables:
             c, m = inputs.width(widths), outputs.width(widths)
             share = (c / linear.in_channels) * (m / linear.out_channels)
             for value, option, whole in candidates:
-                if option is not None and not self._allowed(linear, option, m, c):
+                if option is not None and not self.allowed(linear, option, m, c):
                     continue
                 steps = space.steps(linear, option, c, m)
                 seconds = space.target.chain_seconds(steps)
@@ -116,8 +116,8 @@ class Tables:
                 found += [(value, None, 0.0), *((value, o, lost) for o, lost in own)]
         return [row for row in found if row[2] <= ceiling]
 
-    def _allowed(self, linear: Linear, option: Option, m: int, c: int) -> bool:
-        """Whether a factorisation is possible where `m` outputs and `c` inputs are left.
+    def allowed(self, linear: Linear, option: Option, m: int, c: int) -> bool:
+        """Return whether a factorisation is possible where `m` outputs and `c` inputs stay.
 
         The sides that common factors touch must keep the same channels at all members.
         """

@@ -19,7 +19,7 @@ from onnxcomp.passes.joint_groups import PaperRule
 from tests.graphs import sane_feeds
 
 pytest.importorskip("torch", reason="the networks are built with PyTorch")
-from models.builders import export  # noqa: E402 - needs torch
+from models.builders import export
 
 SCHEMES = ("svd", "ljsvd", "rjsvd1", "rjsvd2", "bi3", "bi5", "bi7")
 # FLOPs (2 per MAC) in 1e8 of the paper's tables IV and V, by network, data and rate.
