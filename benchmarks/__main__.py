@@ -14,6 +14,7 @@ from benchmarks.common import RESULTS, TARGET, Options, Outcome, Record, Skipped
 
 NAMES = (
     "additivity",
+    "bridge",
     "joint",
     "joint_runtime",
     "latency_model",

@@ -37,6 +37,7 @@ LAYERS = [
     {"runtime", "sandbox", "sandbox_child", "drift", "metrics"},
     {"analysis", "evaluate", "bench", "opening", "calibration_chains", "kit", "calibration"},
     {"passes", "validation"},
+    {"bridge"},
     {"search", "report", "recipe"},
     {"cli"},
 ]
