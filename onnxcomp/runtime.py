@@ -48,6 +48,11 @@ class Session:
         if not spinning:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         proto = model.to_proto(external=True)
+        # onnxruntime drops what nothing reads, and then misses what it was to fill in
+        read = {*model.readers, *model.output_names, *(v.name for v in proto.graph.input)}
+        unread = [t for t in proto.graph.initializer if t.name not in read]
+        for tensor in unread:
+            proto.graph.initializer.remove(tensor)
         lent: dict[str, ort.OrtValue] = {}
         for tensor in proto.graph.initializer:
             array = model.weights.get(tensor.name)

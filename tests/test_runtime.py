@@ -49,6 +49,15 @@ def test_lent_weights_are_used():
     )
 
 
+def test_weights_that_nothing_reads_do_no_harm():
+    model = graph("float[N,64] x", "float[N,64] y", "y = MatMul (x, w)", {"w": normal(64, 64)})
+    proto = model.to_proto()
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(normal(64, 64), "unread"))
+    x = normal(3, 64, seed=1)
+    found = Session(Model.from_proto(proto)).run({"x": x})
+    assert np.array_equal(found["y"], Session(model).run({"x": x})["y"])
+
+
 def test_lent_weights_outlive_their_arrays():
     """A session holds what it was lent, also copies that nothing else refers to."""
     source = graph(
