@@ -34,6 +34,7 @@ PACKAGES = (
     "numpy",
     "scipy",
     "onnxsim",
+    "torch",
 )
 _RESAMPLES = 2000
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
