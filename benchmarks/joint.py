@@ -57,7 +57,7 @@ PAPER = {
     "tucker2_outer": "common outer factors",
 }
 FACTORS = (1.5, 2.0, 3.0, 5.0)
-SIZES = (0.4, 0.25)
+SIZES = {MODEL: (0.25,), DETECTOR: (0.5,), QUICK_MODEL: (0.5,)}
 IMAGES, QUICK_IMAGES = 512, 64
 _BATCH = 32
 _CURVE_BATCHES = 2
@@ -235,7 +235,7 @@ def _sizes(options: Options) -> list[dict[str, Any]]:
     cases = [
         (model, size, methods)
         for model in models
-        for size in (SIZES[:1] if options.quick else SIZES)
+        for size in SIZES[model]
         for methods in (without, [*without, FactorizeJointly.name])
     ]
     jobs, files = [], []
