@@ -6,6 +6,7 @@ from onnxcomp.model import Model
 from onnxcomp.samples import Samples, load_samples
 from onnxcomp.search.run import Result, compress
 from onnxcomp.search.settings import Limits, Settings
+from onnxcomp.tune import TuneResult, tune
 
 __all__ = [
     "Limits",
@@ -14,7 +15,9 @@ __all__ = [
     "Result",
     "Samples",
     "Settings",
+    "TuneResult",
     "compress",
     "load",
     "load_samples",
+    "tune",
 ]

@@ -38,7 +38,7 @@ LAYERS = [
     {"analysis", "evaluate", "bench", "opening", "calibration_chains", "kit", "calibration"},
     {"passes", "validation"},
     {"bridge"},
-    {"search", "report", "recipe"},
+    {"search", "report", "recipe", "tune"},
     {"cli"},
 ]
 

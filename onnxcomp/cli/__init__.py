@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from onnxcomp.cli import bench, calibrate, compare, compress, inspect
+from onnxcomp.cli import bench, calibrate, compare, compress, inspect, tune
 from onnxcomp.cli.output import complain
 from onnxcomp.errors import OnnxcompError
 
@@ -81,5 +81,6 @@ for _command in (
     compare.compare,
     bench.bench,
     calibrate.calibrate,
+    tune.tune,
 ):
     app.command()(_command)

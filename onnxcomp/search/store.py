@@ -56,7 +56,7 @@ _log = logging.getLogger(__name__)
 _TITLE = "onnxcomp resume state, schema "
 _README = f"""{_TITLE}{SCHEMA_VERSION}
 
-What `onnxcomp compress --resume` with this folder has found so far.  A run that was ended goes
+What `--resume` with this folder has found so far.  A run that was ended goes
 on from here when it is started again with the same model, samples and settings; entries of
 other runs do no harm.  The folder can be deleted when no run uses it.
 """
