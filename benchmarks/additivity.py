@@ -59,10 +59,7 @@ def run(options: Options) -> Outcome:
     images = QUICK_IMAGES if options.quick else IMAGES
     count = QUICK_PLANS if options.quick else PLANS
     file = options.work / f"{model}-{images}.npz"
-    if not file.exists():
-        data.write_part(
-            model=model, part="fit", file=str(file), count=2 * images, seed=options.seed
-        )
+    data.ensure_part(model, "fit", file, 2 * images, options.seed)
     jobs = [
         Job(
             "benchmarks.additivity:measure",

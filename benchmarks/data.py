@@ -87,6 +87,14 @@ def write_part(
     return len(next(iter(found.values())))
 
 
+def ensure_part(
+    model: str, part: Part, file: str | Path, count: int | None = None, seed: int = 0
+) -> None:
+    """Write samples to a file that is not there yet; arguments as of `write_part`."""
+    if not Path(file).exists():
+        write_part(model=model, part=part, file=str(file), count=count, seed=seed)
+
+
 def write(
     *, model: str, folder: str, seed: int = 0, limit: int | None = None
 ) -> dict[str, int]:

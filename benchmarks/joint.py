@@ -10,7 +10,6 @@ alone, and in the metric of 512 unlabelled training images with the walk's refit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,29 +64,14 @@ _SHARES = 400  # steps in which the share of the full ranks is chosen
 _TIMEOUT_S = 3600.0
 
 
-@dataclass(frozen=True)
-class Case:
-    """A form at a compression factor, solved with samples or without."""
-
-    form: str
-    aware: bool
-    factor: float
-
-    def file(self, folder: Path) -> str:
-        """Return the file of its model."""
-        return str(
-            folder / f"{self.form}-{'data' if self.aware else 'weights'}-{self.factor:g}.onnx"
-        )
-
-
 def run(options: Options) -> Outcome:
     """Run the benchmark."""
     shared_folder()
     model = QUICK_MODEL if options.quick else MODEL
     fit, new = str(options.work / "fit.npz"), str(options.work / "new.npz")
     count = QUICK_IMAGES if options.quick else IMAGES
-    _write(model, "fit", fit, count, options.seed)
-    _write(model, "new", new, 500 if options.quick else None, options.seed)
+    data.ensure_part(model, "fit", fit, count, options.seed)
+    data.ensure_part(model, "new", new, 500 if options.quick else None, options.seed)
     forms = (*OWN, *JOINT_FORMS)[:: 4 if options.quick else 1]
     factors = FACTORS[1:2] if options.quick else FACTORS
     known = {"model": model, "data": fit, "seed": options.seed}
@@ -101,9 +85,7 @@ def run(options: Options) -> Outcome:
             {
                 **known,
                 "form": form,
-                "files": {
-                    c.factor: c.file(options.work) for c in _cases(form, aware, factors)
-                },
+                "files": {f: _file(options.work, form, aware, f) for f in factors},
                 "aware": aware,
                 "weights": probed.value if aware else dict.fromkeys(probed.value, 1.0),
             },
@@ -130,13 +112,8 @@ def run(options: Options) -> Outcome:
     return Outcome([*rows, *sizes], (_table(rows, top1, factors), _size_table(sizes)))
 
 
-def _cases(form: str, aware: bool, factors: Sequence[float]) -> list[Case]:
-    return [Case(form, aware, factor) for factor in factors]
-
-
-def _write(model: str, part: data.Part, file: str, count: int | None, seed: int) -> None:
-    if not Path(file).exists():
-        data.write_part(model=model, part=part, file=file, count=count, seed=seed)
+def _file(folder: Path, form: str, aware: bool, factor: float) -> str:
+    return str(folder / f"{form}-{'data' if aware else 'weights'}-{factor:g}.onnx")
 
 
 def sensitivities(*, model: str, data: str, seed: int) -> dict[str, float]:
@@ -243,7 +220,7 @@ def _sizes(options: Options) -> list[dict[str, Any]]:
         fit = str(data.sample_file(options.work, model, "fit"))
         count = QUICK_IMAGES if options.quick else IMAGES
         known = model in (MODEL, QUICK_MODEL)
-        _write(model, "fit", fit, count if known else None, options.seed)
+        data.ensure_part(model, "fit", fit, count if known else None, options.seed)
         out = str(options.work / f"{model}-{size:g}-{len(methods)}.onnx")
         files.append(out)
         arguments = {"model": model, "data": fit, "out": out, "size": size, "methods": methods}
@@ -259,7 +236,7 @@ def _sizes(options: Options) -> list[dict[str, Any]]:
     for model in models:
         made = [row for row in rows if row["model"] == model and "result_file" in row]
         new = str(data.sample_file(options.work, model, "new"))
-        _write(model, "new", new, 500 if options.quick else None, options.seed)
+        data.ensure_part(model, "new", new, 500 if options.quick else None, options.seed)
         names = [row["result_file"] for row in made]
         seen = run_child("benchmarks.cases:judge", model=model, files=names, data=new).value
         timed = run_child(

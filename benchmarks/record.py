@@ -85,10 +85,10 @@ def run(options: Options) -> Outcome:
     figures.require_matplotlib()
     cases, others = (_cases(options.quick), _others(options.quick))
     for case in cases:
-        _write(case.model, "fit", case.fit(options.work), case.images, case.seed)
+        data.ensure_part(case.model, "fit", case.fit(options.work), case.images, case.seed)
     for model in dict.fromkeys(case.model for case in cases):
         few = QUICK_IMAGES if options.quick else None
-        _write(model, "new", data.sample_file(options.work, model, "new"), few)
+        data.ensure_part(model, "new", data.sample_file(options.work, model, "new"), few)
     jobs = [_search_job(case, options) for case in cases]
     jobs += [_other_job(*other, options.work) for other in others]
     answers = run_jobs(jobs, workers=options.threads, kept=options.work / "answers")
@@ -142,13 +142,6 @@ def _others(quick: bool) -> list[tuple[str, str, float, int]]:
         for amount in each
         if method != "magnitude_statistics" or "BatchNormalization" in manifest()[model]["ops"]
     ]
-
-
-def _write(
-    model: str, part: data.Part, file: Path, images: int | None = None, seed: int = 0
-) -> None:
-    if not file.exists():
-        data.write_part(model=model, part=part, file=str(file), count=images, seed=seed)
 
 
 def _search_job(case: Case, options: Options) -> Job:

@@ -99,15 +99,15 @@ def find_repetitions(
     repetitions = []
     for (place, kernel, _), members in found.items():
         if len(members) > 1:
-            name = _named(place, kernel)
+            name = name_of_place(*place, kernel)
             names[name] = names.get(name, 0) + 1
             name += f"#{names[name]}" * (names[name] > 1)
             repetitions.append(Repetition(name, *place, kernel, tuple(members)))
     return tuple(repetitions)
 
 
-def _named(place: tuple[int, int], kernel: tuple[int, ...]) -> str:
-    stage, position = place
+def name_of_place(stage: int, position: int, kernel: tuple[int, ...]) -> str:
+    """Return what reports call layers of one kernel shape at a place of repeated blocks."""
     where = "repeated" if stage < 0 else f"stage{stage}.conv{position}"
     return f"{where}.{'x'.join(str(extent) for extent in kernel)}"
 

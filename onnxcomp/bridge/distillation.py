@@ -223,7 +223,7 @@ class Distillation:
         self._optimizer.zero_grad()
         total = 0.0
         for share, loss in self._objective.parts(self._module, chosen):
-            (share * loss).backward()  # type: ignore[no-untyped-call]  # torch's
+            (share * loss).backward()  # type: ignore[no-untyped-call]  # torch has no types there
             total += share * loss.item()
         norm = nn.utils.clip_grad_norm_(self._weights, self._training.clip)
         if not math.isfinite(total) or not torch.isfinite(norm):
@@ -324,7 +324,8 @@ def _freeze_zeros(weights: Sequence[nn.Parameter]) -> None:
     for weight in weights:
         kept = weight.detach() != 0
         if weight.dim() >= 2 and kept.logical_not().float().mean() > _ZEROS:
-            weight.register_hook(partial(torch.mul, kept))  # type: ignore[no-untyped-call]
+            hook = partial(torch.mul, kept)
+            weight.register_hook(hook)  # type: ignore[no-untyped-call]  # nor there
 
 
 def _array(tensor: Tensor) -> Array:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 T = TypeVar("T")
 _FLOOR = 1e-3  # of the largest measurement; what is less is noise
@@ -40,6 +40,23 @@ class Curve:
         y = np.maximum.accumulate(np.log(np.maximum(self.losses, _TINY)))
         at = np.log(max(error, _TINY))
         return float(np.exp(np.interp(at, x, y)) * min(1.0, np.exp(at - x[0])))
+
+
+def log_spaced(values: ArrayLike, count: int) -> NDArray[np.intp]:
+    """Return which ascending positive values to keep, evenly spaced by their logarithms.
+
+    Args:
+        values: shape (n,).
+        count: Most values to keep; all are kept where there are no more.
+
+    Returns:
+        Their indices, ascending.
+    """
+    each = np.asarray(values, np.float64)
+    if len(each) <= count:
+        return np.arange(len(each))
+    wanted = np.geomspace(each[0], each[-1], count)
+    return np.unique(np.abs(np.log(each[:, None] / wanted)).argmin(axis=0))
 
 
 def interpolated(

@@ -23,6 +23,7 @@ from onnxcomp.analysis.linear import Linear, out_axis, stored_as
 from onnxcomp.analysis.target import TARGETS, Convolution, Target
 from onnxcomp.errors import ParameterError
 from onnxcomp.model import Array
+from onnxcomp.numerics.interpolation import log_spaced
 from onnxcomp.numerics.joint_svd import JOINT_FORMS, Joint, Member
 from onnxcomp.numerics.svd import tucker_ranks
 from onnxcomp.passes.base import Arrays, Need, Option, Proposal, Refusal
@@ -144,10 +145,7 @@ class FactorizeJointly:
         """Return the ranks to propose, few and evenly spaced."""
         kind = JOINT_FORMS[form]
         sizes = self.target.sizes(kind.max_rank(shape), step=self.step)
-        if len(sizes) > _RANKS:
-            wanted = np.geomspace(sizes[0], sizes[-1], _RANKS)
-            near = np.abs(np.log(np.array(sizes)[:, None] / wanted)).argmin(axis=0)
-            sizes = tuple(sizes[i] for i in np.unique(near))
+        sizes = tuple(sizes[i] for i in log_spaced(sizes, _RANKS))
         if kind.shares == "outer":
             return [tucker_ranks(size, shape[1], shape[0]) for size in sizes]
         if kind.shares == "both":

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from onnxcomp.analysis.blocks import name_of_place
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.errors import ParameterError
 from onnxcomp.passes.chains import Shape, kernel_shape4
@@ -75,8 +76,7 @@ class PaperRule:
             for linear in linears:
                 shape = kernel_shape4(linear, linear.out_channels, linear.in_channels)
                 key = (shape[0], *shape[2:]) if self.scheme == "rjsvd1" else shape
-                kernel = "x".join(str(extent) for extent in key)
-                name = f"stage{stage}.conv{position}.{kernel}"
+                name = name_of_place(stage, position, key)
                 name += f" {linear.id}" * (self.scheme == "svd")
                 found.setdefault(name, []).append(linear.id)
         return tuple(Group(name, tuple(nodes), name) for name, nodes in found.items())

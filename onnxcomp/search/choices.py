@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from onnxcomp.numerics.interpolation import log_spaced
 from onnxcomp.passes.base import Option
 from onnxcomp.search.space import Space, common_weights
 
@@ -60,11 +61,8 @@ def _efficient(
     less = table[:, None] < table[None] * (1 - _SAME)
     better = (table[:, None] <= table[None] * (1 + _SAME)).all(axis=2) & less.any(axis=2)
     kept = np.flatnonzero(~better.any(axis=0))
-    if len(kept) > _MOST:
-        kept = kept[np.argsort(table[kept, 1])]
-        wanted = np.geomspace(table[kept[0], 1], table[kept[-1], 1], _MOST)
-        near = np.abs(np.log(table[kept, 1][:, None] / wanted)).argmin(axis=0)
-        kept = kept[np.unique(near)]
+    kept = kept[np.argsort(table[kept, 1])]
+    kept = kept[log_spaced(table[kept, 1], _MOST)]
     return [choices[i] for i in sorted(kept)]
 
 

@@ -71,7 +71,7 @@ class Losses:
     joint: JointLosses = field(default_factory=JointLosses)
 
     def of(self, plan: Plan) -> dict[str | Option, float]:
-        """Return the loss of every option of a plan, by group or by node of a chain."""
+        """Return the losses of a plan's own options, by group or by factorisation."""
         measured = [(n, w, self.widths.get(n, {})) for n, w in plan.widths.items()]
         found: dict[str | Option, float] = {n: lost[w] for n, w, lost in measured if w in lost}
         return found | {o: self.forms[o] for o in plan.forms.values() if o in self.forms}
@@ -344,9 +344,7 @@ class LossMeter:
             linear.bias: like_bias(bias, self._model.weights[linear.bias]),
         }
         feeds = (held | own for held in twins.current.held()[: self._measured])
-        return self._error.of(
-            session.run({n: feed[n] for n in session.input_names}) for feed in feeds
-        )
+        return self._error.of_runs(session, feeds)
 
     def _measure_group(
         self, twins: Twins, name: str, metrics: Mapping[str, tuple[SecondMoments, ...]]
@@ -372,10 +370,7 @@ class LossMeter:
             for node_id, per_group in metrics.items():
                 values |= self._without(self._facts.linears[node_id], removed, per_group)
             feeds = self._feeds(twins, len(metrics) == 1)
-            return self._error.of(
-                session.run({n: {**feed, **values}[n] for n in session.input_names})
-                for feed in feeds
-            )
+            return self._error.of_runs(session, ({**feed, **values} for feed in feeds))
 
         without = error(group.size) if self._data_aware else 0.0
         points = {w: float(order.losses[group.size - w]) for w in self._space.widths[name]}

@@ -78,6 +78,12 @@ class OutputError:
         error = float(np.mean(ratios))
         return error if np.isfinite(error) else np.inf
 
+    def of_runs(self, session: Session, feeds: Iterable[Mapping[str, Array]]) -> float:
+        """Return the error of a session that is run on feeds, which may hold more."""
+        return self.of(
+            session.run({n: feed[n] for n in session.input_names}) for feed in feeds
+        )
+
 
 class OutputMeter:
     """The raw outputs of a working model on some batches, and how far other weights move them.

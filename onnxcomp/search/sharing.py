@@ -123,7 +123,9 @@ class Sharing:
             removed: Channels that go, by group of channels.
         """
         options = {o.target: o for o in plan.forms.values() if o.method == _METHOD}
-        found = {}
+        found: dict[Option, Joint] = {}
+        if not options:
+            return found
         for name, sites in self._sites(list(options), removed, lambda twins, site: None):
             members = [site.member(weights[site.linear.id]) for site in sites]
             found[options[name]] = FactorizeJointly().fit(options[name], members)
@@ -252,9 +254,7 @@ class Sharing:
                 linear.bias: self._bias(site, dense),
             }
             feeds = (held | found for held in twins.current.held()[:measured])
-            lost = error.of(
-                session.run({n: feed[n] for n in session.input_names}) for feed in feeds
-            )
+            lost = error.of_runs(session, feeds)
             if np.isfinite(lost) and lost > 0:
                 points.append((tail[rank], lost))
         table = np.array(points).reshape(-1, 2)

@@ -113,7 +113,6 @@ class Space:
             for linear in facts.linears.values()
             if exclude is not None and self._matches((linear.id, linear.y), exclude)
         )
-        self.joint_groups: Mapping[str, Group] = FactorizeJointly().groups(facts)
         options = []
         for option in (option for proposal in proposals for option in proposal.options):
             reason = self._refusal(option, exclude)
@@ -133,6 +132,11 @@ class Space:
                 self.forms[where] = (*self.forms.get(where, ()), option)
             elif option.method == FactorizeJointly.name:
                 self.joint[where] = (*self.joint.get(where, ()), option)
+
+    @cached_property
+    def joint_groups(self) -> Mapping[str, Group]:
+        """The nodes that take common factors, by the names that joint options use."""
+        return FactorizeJointly().groups(self.facts)
 
     def _refusal(self, option: Option, exclude: str | None) -> str:
         """Return why a node, or one of the nodes that carry a group, must stay, or ""."""

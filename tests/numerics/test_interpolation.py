@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxcomp.numerics.interpolation import Curve, interpolated
+from onnxcomp.numerics.interpolation import Curve, interpolated, log_spaced
 
 
 def test_few_are_measured():
@@ -99,3 +99,11 @@ def test_a_curve_never_falls(losses) -> None:
     curve = Curve(np.geomspace(1e-3, 1.0, len(losses)), np.array(losses))
     read = [curve.at(error) for error in np.geomspace(1e-4, 1.0, 50)]
     assert (np.diff(read) >= -1e-9 * np.max(read)).all()
+
+
+def test_few_values_stay_evenly_spaced_by_their_logarithms() -> None:
+    values = np.arange(1.0, 1025.0)
+    kept = values[log_spaced(values, 6)]
+    assert kept.tolist() == [1.0, 4.0, 16.0, 64.0, 256.0, 1024.0]
+    assert log_spaced([3.0, 5.0], 6).tolist() == [0, 1]
+    assert log_spaced([], 6).tolist() == []
