@@ -15,6 +15,7 @@ from benchmarks.common import RESULTS, TARGET, Options, Outcome, Record, Skipped
 NAMES = (
     "additivity",
     "bridge",
+    "collaborative",
     "joint",
     "joint_runtime",
     "latency_model",
@@ -25,6 +26,7 @@ NAMES = (
     "resume",
     "scale",
     "shared_tensors",
+    "storage",
     "zoo",
 )
 

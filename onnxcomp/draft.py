@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
 from onnxcomp.errors import ParameterError, SealError
 from onnxcomp.model import Array, Model, captured_names, stub, subgraphs
@@ -293,7 +294,9 @@ def _import(model: Model) -> gs.Graph:
     del bare.graph.sparse_initializer[:]
     del bare.graph.value_info[:]
     del bare.functions[:]
-    return gs.import_onnx(bare)
+    # Not `gs.import_onnx`: its bare `except:` around the opset swallows Ctrl-C.
+    domains = bare.opset_import
+    return OnnxImporter.import_graph(bare.graph, opset=model.opset, import_domains=domains)
 
 
 def _all_names(graph: onnx.GraphProto) -> set[str]:

@@ -36,7 +36,7 @@ _PAYLOADS = (
     "external_data",
     "data_location",
 )
-_ARRAY_TYPES = frozenset(
+ARRAY_TYPES = frozenset(
     onnx.helper.np_dtype_to_tensor_dtype(np.dtype(name))
     for name in (
         *("float16", "float32", "float64", "bool", ml_dtypes.bfloat16),
@@ -152,7 +152,7 @@ class Model:
         external = external or {}
         weights: dict[str, Array] = {}
         for tensor in proto.graph.initializer:
-            if tensor.data_type not in _ARRAY_TYPES:
+            if tensor.data_type not in ARRAY_TYPES:
                 continue
             array = external.get(tensor.name)
             if array is None:

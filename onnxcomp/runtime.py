@@ -7,6 +7,8 @@ import math
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -96,6 +98,20 @@ class Session:
                 f"onnxruntime cannot run the model: {_reason(error)}"
             ) from error
         return dict(zip(self.output_names, values, strict=True))
+
+
+def open_file(
+    path: Path, options: ort.SessionOptions | None, *, providers: Sequence[Any]
+) -> ort.InferenceSession:
+    """Open a session on a model file as onnxruntime itself does it.
+
+    Raises:
+        ExecutionError: Onnxruntime refuses the model.
+    """
+    try:
+        return ort.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:
+        raise ExecutionError(f"onnxruntime cannot load the model: {_reason(error)}") from error
 
 
 def _lend(tensor: onnx.TensorProto, array: Array) -> ort.OrtValue:

@@ -51,7 +51,8 @@ def first_run(
         UnsupportedModelError: Onnxruntime lacks an operator of the model.
         ExecutionError: Onnxruntime fails on it, or it ran out of time or memory.
     """
-    size = loaded.file_bytes + sum(array.nbytes for array in (feeds or {}).values())
+    arrays = (*loaded.external.values(), *(feeds or {}).values())
+    size = loaded.proto.ByteSize() + sum(array.nbytes for array in arrays)
     limit = memory_bytes or _BASE_BYTES + _BYTES_PER_MODEL_BYTE * size
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as name:
         folder = Path(name)
@@ -68,8 +69,8 @@ def first_run(
 
 
 def _model_file(loaded: LoadedModel, folder: Path) -> Path:
-    """Return the file itself, or a copy in order where the checker would refuse its order."""
-    if not loaded.reordered:
+    """Return the file itself, or a copy where the checker would refuse it as it is."""
+    if not (loaded.reordered or loaded.packed):
         return loaded.path
     copy = folder / "model.onnx"
     write_model(loaded.proto, copy, external=loaded.external)

@@ -1,9 +1,12 @@
 """`Draft`: what is not edited survives byte for byte, and invalid edits are refused."""
 
 import gc
+import sys
+from collections.abc import Callable
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from onnx import helper, numpy_helper, parser
 
@@ -48,6 +51,37 @@ def test_untouched_draft_changes_nothing(path):
     ]
     for name, array in sealed.weights.items():
         assert array is source.weights[name]
+
+
+def lost_interrupts(work: Callable[[], object]) -> list[int]:
+    """Interrupt work at each of its calls in turn; return those at which it went on."""
+    lost, at = [], 0
+    while True:
+        at, calls = at + 1, 0
+
+        def trace(*_: object, at: int = at) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                raise KeyboardInterrupt
+
+        sys.settrace(trace)
+        try:
+            work()
+        except KeyboardInterrupt:
+            continue
+        finally:
+            sys.settrace(None)
+        if calls < at:
+            return lost
+        lost.append(at)
+
+
+def test_an_interrupt_always_comes_out():
+    model = chain()
+    bare = model.to_proto()
+    assert lost_interrupts(model.edit) == []
+    assert lost_interrupts(lambda: gs.import_onnx(bare))  # why `Draft` does without it
 
 
 def test_everything_beside_the_nodes_survives_an_edit():

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from onnxcomp.cli import bench, calibrate, compare, compress, inspect, tune
+from onnxcomp.cli import bench, calibrate, compare, compress, inspect, pack, tune
 from onnxcomp.cli.output import complain
 from onnxcomp.errors import OnnxcompError
 
@@ -82,5 +82,7 @@ for _command in (
     bench.bench,
     calibrate.calibrate,
     tune.tune,
+    pack.pack,
+    pack.unpack,
 ):
     app.command()(_command)

@@ -3,15 +3,17 @@
 import os
 
 from onnxcomp.loading.limits import LoadLimits
-from onnxcomp.loading.reading import LoadedModel, read_model
+from onnxcomp.loading.reading import PACKED_MAGIC, LoadedModel, parse_model, read_model
 from onnxcomp.loading.writing import replacing, write_model, write_text
 from onnxcomp.model import Model
 
 __all__ = [
+    "PACKED_MAGIC",
     "LoadLimits",
     "LoadedModel",
     "as_model",
     "load",
+    "parse_model",
     "read_model",
     "replacing",
     "write_model",

@@ -7,8 +7,9 @@ the checker and onnxruntime then see it first in a bounded child process (`sandb
 
 import os
 import stat
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +36,7 @@ from onnxcomp.loading.tensors import (
 )
 from onnxcomp.loading.wire import check_wire_format
 
+PACKED_MAGIC = b"\x93ONXC\r\n\x01"
 # Operators whose constant inputs are weights; elsewhere -inf is an ordinary mask.
 _WEIGHTED = frozenset(
     {"BatchNormalization", "Conv", "ConvTranspose", "DeformConv", "GRU", "Gemm"}
@@ -58,6 +60,7 @@ class LoadedModel:
         foreign_ops: Operators outside the ONNX domain, as "domain::operator", sorted.
         reordered: The nodes in the file were not in topological order.
         warnings: What was put right, one sentence each.
+        packed: The file is a packed one, which other libraries do not read.
     """
 
     proto: onnx.ModelProto
@@ -68,6 +71,7 @@ class LoadedModel:
     foreign_ops: tuple[str, ...]
     reordered: bool
     warnings: tuple[str, ...]
+    packed: bool = False
 
 
 def read_model(
@@ -76,7 +80,8 @@ def read_model(
     """Read and check a model file with its external data.
 
     Args:
-        path: An ONNX file; links to it are followed, links in its external data are not.
+        path: An ONNX file or a packed one (`.onnxc`); links to it are followed, links in its
+            external data are not.
         limits: What the file may ask for; the defaults of `LoadLimits` if None.
 
     Returns:
@@ -90,14 +95,31 @@ def read_model(
     try:
         resolved = Path(os.path.realpath(path))
         data = _read(resolved, limits)
-        check_wire_format(data, limits)
-        size, proto = len(data), _parse(data)
-        del data
-        return _check(proto, resolved, size, limits)
+        if data.startswith(PACKED_MAGIC):
+            del data
+            return _read_packed(resolved, limits)
+        return _read_plain(data, resolved, limits)
     except OnnxcompError as error:
         raise type(error)(f"{os.fspath(path)}: {error}") from error
     except (OSError, ValueError) as error:
         raise InvalidModelError(f"{os.fspath(path)!r} cannot be read: {error}") from error
+
+
+def _read_plain(data: bytes, path: Path, limits: LoadLimits) -> LoadedModel:
+    size, proto = len(data), parse_model(data, limits)
+    del data
+    return _check(proto, path, size, limits)
+
+
+def _read_packed(path: Path, limits: LoadLimits) -> LoadedModel:
+    """Unpack a file into a private folder and read it there; its arrays stay mapped."""
+    from onnxcomp.codec import unpack_to
+
+    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
+        plain = unpack_to(path, Path(folder), limits=limits)
+        loaded = _read_plain(_read(plain, limits), plain, limits)
+    size = path.stat().st_size
+    return replace(loaded, path=path, files=(path,), file_bytes=size, packed=True)
 
 
 def _read(path: Path, limits: LoadLimits) -> bytes:
@@ -120,7 +142,13 @@ def _read(path: Path, limits: LoadLimits) -> bytes:
     return data
 
 
-def _parse(data: bytes) -> onnx.ModelProto:
+def parse_model(data: bytes, limits: LoadLimits) -> onnx.ModelProto:
+    """Parse the bytes of a model after a look at their wire format.
+
+    Raises:
+        InvalidModelError: They are no model, or break a limit.
+    """
+    check_wire_format(data, limits)
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
         return proto

@@ -1,0 +1,126 @@
+"""Tensors as sequences of bytes that the coders can hold, and back bit for bit.
+
+Four ways: the bytes of all elements plane by plane; ranks into a codebook; ranks as runs of
+the most frequent one and the levels between them; all bytes as they lie, for what repeats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxcomp.errors import InvalidModelError
+
+Array = npt.NDArray[Any]
+Uint8 = npt.NDArray[np.uint8]
+
+NARROW = 256  # the longest codebook whose ranks are single bytes
+LONG_RUN = 255  # a run that goes on: 255 elements, and no level behind them
+ESCAPE = 255  # a rank outside the window of a long codebook
+
+
+def to_planes(array: Array) -> list[Uint8]:
+    """Return byte 0, byte 1, ... of all elements, little-endian.
+
+    Floats are rotated by one bit, so that the exponent leads and the sign comes last.
+    """
+    bits = _unsigned(array)
+    if array.dtype.kind in "fV":
+        bits = bits << 1 | bits >> (8 * array.itemsize - 1)
+    planes = bits.astype(bits.dtype.newbyteorder("<")).view(np.uint8)
+    planes = planes.reshape(-1, array.itemsize)
+    return [np.ascontiguousarray(planes[:, i]) for i in range(array.itemsize)]
+
+
+def from_planes(planes: Sequence[Uint8], dtype: np.dtype[Any]) -> Array:
+    """Return the flat array of which `to_planes` made these planes."""
+    joined = np.empty((planes[0].size, len(planes)), np.uint8)
+    for i, plane in enumerate(planes):
+        joined[:, i] = plane
+    bits: Array = joined.view(f"<u{len(planes)}").reshape(-1).astype(f"u{len(planes)}")
+    if dtype.kind in "fV":
+        bits = bits >> 1 | bits << (8 * dtype.itemsize - 1)
+    return bits.view(dtype)
+
+
+def to_bytes(array: Array) -> Uint8:
+    """Return the bytes of all elements as they lie, little-endian."""
+    bits = _unsigned(array)
+    return bits.astype(bits.dtype.newbyteorder("<")).view(np.uint8)
+
+
+def from_bytes(data: Uint8, dtype: np.dtype[Any]) -> Array:
+    """Return the flat array of which `to_bytes` made these."""
+    bits: Array = data.view(f"<u{dtype.itemsize}").astype(f"u{dtype.itemsize}")
+    return bits.view(dtype)
+
+
+def shift_of(codebook_values: Array) -> int:
+    """Return what is added to the ranks of a short codebook.
+
+    It puts 0 on symbol 128, so that tensors of other ranges can share a table.
+    """
+    zero = int(np.searchsorted(codebook_values, 0.0))
+    return min(max(128 - zero, 0), NARROW - codebook_values.size)
+
+
+def to_runs(symbols: Uint8, common: int) -> tuple[Uint8, Uint8]:
+    """Return the lengths of the runs of a symbol, and the other symbols between them."""
+    places = np.flatnonzero(symbols != common)
+    gaps = np.diff(places, prepend=-1) - 1
+    longs = gaps // LONG_RUN
+    runs = np.full(places.size + int(longs.sum()), LONG_RUN, np.uint8)
+    runs[np.cumsum(longs + 1) - 1] = gaps % LONG_RUN
+    return runs, symbols[places]
+
+
+def from_runs(runs: Uint8, levels: Uint8, common: int, size: int) -> Uint8:
+    """Return the symbols of which `to_runs` made these.
+
+    Raises:
+        InvalidModelError: They do not fit one another or the size.
+    """
+    ends = np.cumsum(runs + np.not_equal(runs, LONG_RUN).astype(np.int64))
+    places = ends[runs != LONG_RUN] - 1
+    if places.size != levels.size or (ends.size and ends[-1] > size):
+        raise InvalidModelError("runs and levels of a tensor do not fit")
+    symbols = np.full(size, common, np.uint8)
+    symbols[places] = levels
+    return symbols
+
+
+def window_of(ranks: Array, values: int) -> int:
+    """Return where the 255 neighbouring ranks begin that occur most."""
+    total = np.cumsum(np.bincount(ranks, minlength=values))
+    inside = total[ESCAPE - 1 :] - np.append(0, total[:-ESCAPE])
+    return int(inside.argmax())
+
+
+def to_escapes(ranks: Array, first: int) -> tuple[Uint8, Uint8, Uint8]:
+    """Return ranks of a long codebook as symbols, and low and high bytes of the escaped."""
+    inside = (ranks >= first) & (ranks < first + ESCAPE)
+    symbols = np.where(inside, ranks - first, ESCAPE).astype(np.uint8)
+    escaped = ranks[~inside]
+    return symbols, (escaped & 0xFF).astype(np.uint8), (escaped >> 8).astype(np.uint8)
+
+
+def from_escapes(symbols: Uint8, low: Uint8, high: Uint8, first: int) -> Array:
+    """Return the ranks of which `to_escapes` made these.
+
+    Raises:
+        InvalidModelError: They do not fit one another.
+    """
+    escaped = symbols == ESCAPE
+    if np.count_nonzero(escaped) != low.size:
+        raise InvalidModelError("ranks of a tensor and their escapes do not fit")
+    ranks = symbols.astype(np.uint16) + np.uint16(first)
+    ranks[escaped] = low | high.astype(np.uint16) << 8
+    return ranks
+
+
+def _unsigned(array: Array) -> Array:
+    flat: Array = np.ascontiguousarray(array).reshape(-1)
+    return flat.view(f"u{array.itemsize}")

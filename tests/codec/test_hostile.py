@@ -1,0 +1,205 @@
+"""Damaged and forged packed files: no damage goes unseen, and nothing worse than a refusal.
+
+Damage is anything that happens to the bytes; it must be refused. A forger mends the checksums:
+what comes out is then any model, but within the limits, and an error is the typed one.
+"""
+
+import hashlib
+import random
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnxcomp import codec
+from onnxcomp.codec import container, rans
+from onnxcomp.codec.coders import compress, decompress
+from onnxcomp.codec.container import PackedFile
+from onnxcomp.errors import InvalidModelError
+from onnxcomp.loading import LoadLimits
+from tests.codec.models import every_kind, model_of
+
+LIMITS = LoadLimits(total_bytes=2**21)
+PREFIX, BEGIN = container._PREFIX, container._HEAD_BEGIN
+Change = Callable[[bytearray, random.Random], None]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("packed") / "model.onnxc"
+    codec.pack(every_kind(), path)
+    return path.read_bytes()
+
+
+def outcome(data: bytes, path: Path) -> str | None:
+    """The digest of the model in a file, or None where it is refused."""
+    path.write_bytes(data)
+    try:
+        return codec.unpack(path, limits=LIMITS).digest
+    except InvalidModelError:
+        return None
+
+
+def flip(data: bytearray, rng: random.Random) -> None:
+    for _ in range(rng.choice((1, 1, 1, 2, 8))):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+
+
+def overwrite(data: bytearray, rng: random.Random) -> None:
+    at = rng.randrange(len(data))
+    new = rng.choice((b"\0", b"\xff", b"\x7f\xff\xff\xff", rng.randbytes(rng.randint(1, 40))))
+    data[at : at + len(new)] = new[: len(data) - at]
+
+
+def insert(data: bytearray, rng: random.Random) -> None:
+    at = rng.randrange(len(data) + 1)
+    data[at:at] = rng.choice(
+        (b"\0", rng.randbytes(rng.randint(1, 9)), data[at : at + 20] or b"1")
+    )
+
+
+def remove(data: bytearray, rng: random.Random) -> None:
+    at = rng.randrange(len(data))
+    del data[at : at + rng.choice((1, 2, 16, len(data)))]
+
+
+def swap(data: bytearray, rng: random.Random) -> None:
+    length = rng.choice((1, 2, 4, 64))
+    one, two = (rng.randrange(len(data) - length) for _ in range(2))
+    data[one : one + length], data[two : two + length] = (
+        data[two : two + length],
+        data[one : one + length],
+    )
+
+
+CHANGES: list[Change] = [flip, overwrite, insert, remove, swap]
+
+
+def damage(original: bytes, path: Path, count: int, seed: int) -> None:
+    rng = random.Random(seed)
+    for number in range(count):
+        data = bytearray(original)
+        rng.choice(CHANGES)(data, rng)
+        if data != original:
+            assert outcome(bytes(data), path) is None, f"damage {number} of seed {seed} unseen"
+
+
+def forge(original: bytes, path: Path, count: int, seed: int) -> int:
+    """Change what the checksums protect, mend them, and return how many were refused."""
+    rng, refused = random.Random(seed), 0
+    _, small, raw, _, decoded = PREFIX.unpack(original[: PREFIX.size])
+    head = decompress(original[BEGIN : BEGIN + small], raw)
+    with_crcs = 4 * len(opened(original, path))
+    for _ in range(count):
+        new_head = bytearray(head)
+        payload = bytearray(original[BEGIN + small :])
+        where = rng.random()
+        if where < 0.6:
+            rng.choice(CHANGES)(new_head, rng)
+        elif where < 0.8:
+            rng.choice((flip, overwrite, swap))(payload, rng)
+            new_head[-with_crcs:] = mended(original, bytes(payload), path)
+        else:
+            decoded = rng.choice((decoded, 0, decoded + 1, 2**63, 2**20))
+        data = sealed(bytes(new_head), bytes(payload), decoded)
+        refused += outcome(data, path) is None
+    return refused
+
+
+def opened(original: bytes, path: Path) -> list:
+    path.write_bytes(original)
+    with PackedFile(path) as file:
+        return list(file.head.segments)
+
+
+def mended(original: bytes, payload: bytes, path: Path) -> bytes:
+    crcs, begin = b"", 0
+    for segment in opened(original, path):
+        crcs += zlib.crc32(payload[begin : begin + segment.length]).to_bytes(4, "little")
+        begin += segment.length
+    return crcs
+
+
+def sealed(head: bytes, payload: bytes, decoded: int) -> bytes:
+    small = compress(head)
+    total = BEGIN + len(small) + len(payload)
+    prefix = PREFIX.pack(container.PACKED_MAGIC, len(small), len(head), total, decoded)
+    return prefix + hashlib.sha256(prefix + small).digest() + small + payload
+
+
+def test_the_tests_bite(packed, tmp_path):
+    """What is not changed comes back, so that the refusals mean something."""
+    path = tmp_path / "model.onnxc"
+    assert outcome(packed, path) == every_kind().digest
+    _, small, raw, _, decoded = PREFIX.unpack(packed[: PREFIX.size])
+    head = decompress(packed[BEGIN : BEGIN + small], raw)
+    payload = packed[BEGIN + small :]
+    assert sealed(head, payload, decoded) == packed
+    assert mended(packed, payload, path) == head[-4 * len(opened(packed, path)) :]
+
+
+def test_no_damage_goes_unseen(packed, tmp_path):
+    damage(packed, tmp_path / "model.onnxc", 2000, seed=0)
+
+
+@pytest.mark.parametrize("numba", [True, False])
+def test_forged_files_are_refused_or_read(packed, numba, tmp_path, monkeypatch):
+    if not numba:
+        monkeypatch.setattr(rans, "kernels", lambda: None)
+    count = 600 if numba else 200
+    refused = forge(packed, tmp_path / "model.onnxc", count, seed=1)
+    assert refused > 0.5 * count
+
+
+def test_memory_stays_within_the_cap(packed, tmp_path):
+    """A file of 30 kB that may decode to 2 MiB never takes more than that several times."""
+    forge(packed, tmp_path / "model.onnxc", 5, seed=2)
+    tracemalloc.start()
+    forge(packed, tmp_path / "model.onnxc", 150, seed=3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * LIMITS.total_bytes
+
+
+def test_truncation_at_every_byte(tmp_path):
+    path = tmp_path / "model.onnxc"
+    codec.pack(model_of({"w": np.arange(100, dtype=np.float32)}), path)
+    original = path.read_bytes()
+    for length in range(len(original)):
+        assert outcome(original[:length], path) is None
+    assert outcome(original + b"\0", path) is None
+
+
+@pytest.mark.parametrize("name", ["folder", "pipe", "link", "absent"])
+def test_what_is_no_ordinary_file_is_refused(name, packed, tmp_path):
+    import os
+
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+    elif name == "pipe":
+        os.mkfifo(path)
+    elif name == "link":
+        path.symlink_to("/dev/zero")
+    with pytest.raises(InvalidModelError):
+        codec.unpack(path)
+
+
+def test_external_data_in_the_graph_are_refused(tmp_path):
+    model = every_kind()
+    tensor = model.skeleton.graph.initializer[-1]
+    assert tensor.name == "words"
+    tensor.external_data.add(key="location", value="../secret")
+    codec.pack(model, tmp_path / "model.onnxc")
+    with pytest.raises(InvalidModelError, match="'words' refers to another file"):
+        codec.unpack(tmp_path / "model.onnxc")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", range(10, 20))
+def test_a_million_damages_and_a_hundred_thousand_forgeries(seed, packed, tmp_path):
+    damage(packed, tmp_path / "model.onnxc", 100_000, seed)
+    assert forge(packed, tmp_path / "model.onnxc", 10_000, seed) > 5000
