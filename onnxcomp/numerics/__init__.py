@@ -8,4 +8,8 @@ svd             low-rank forms of one kernel in the metric of its inputs
 joint_svd       the same forms with factors that several kernels have in common
 selection       which input channels can go, and what is lost
 knapsack        one option for every unit under limits, exactly
+quantizers      few values for many weights, as published
+compensation    weights changed one column after the other, which take back each other's errors
+rounding        the same onto a uniform grid, for entropy coders
+pruning         single weights that become zero
 """

@@ -1,0 +1,73 @@
+"""Single weights become zero: the smallest ones, or those that the others can replace."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxcomp.errors import ParameterError
+from onnxcomp.numerics.compensation import Compensation
+from onnxcomp.numerics.moments import Moments, RowMoments
+
+Array: TypeAlias = NDArray[np.float64]
+
+_SWEEPS = 12  # of the search for the threshold
+
+
+def kept_above(W: Array, percentile: float) -> int:
+    """Return how many weights are larger in magnitude than a percentile of all (strictly).
+
+    Marino et al. 2021 (arXiv:2108.12704): ties at the threshold are removed.
+
+    Raises:
+        ParameterError: the percentile is not within 0..100.
+    """
+    if not 0 <= percentile <= 100:
+        raise ParameterError.of("kept_above", "percentile", "0 to 100", percentile)
+    magnitudes = np.abs(W)
+    return int(np.count_nonzero(magnitudes > np.percentile(magnitudes, percentile)))
+
+
+def prune_smallest(W: Array, kept: int) -> Array:
+    """Return weights of which only the `kept` largest in magnitude stay, fewer with ties.
+
+    Args:
+        W: any shape.
+        kept: weights that may stay.
+    """
+    magnitudes = np.abs(W).reshape(-1)
+    if kept >= magnitudes.size:
+        return W.copy()
+    threshold = np.partition(magnitudes, magnitudes.size - kept - 1)[-kept - 1]
+    return np.asarray(np.where(np.abs(W) > threshold, W, 0.0))
+
+
+def prune_compensated(W: Array, metrics: Sequence[Moments | RowMoments], kept: int) -> Array:
+    """Return weights of which `kept` stay, adjusted to what became zero.
+
+    Optimal brain surgeon in the order of `compensation`: a weight goes where the error that
+    later columns cannot take over, ``R_kk^2 t_k^2``, is below one threshold, found by
+    bisection; those that stay take over what those before them lost.
+
+    Args:
+        W: shape (groups, m, d).
+        metrics: moments of each group's inputs.
+        kept: weights that stay, at most.
+    """
+    if kept >= W.size:
+        return W.copy()
+    compensation = Compensation(metrics)
+    low, high, best = 0.0, float(np.vdot(W, W)) * compensation.scale + 1e-30, np.zeros_like(W)
+    for _ in range(_SWEEPS):
+        middle = np.sqrt(low * high) if low else high / W.size
+
+        def choose(target: Array, pivot: Array) -> Array:
+            return np.where((pivot * target) ** 2 > middle, target, 0.0)  # noqa: B023
+
+        Q, _ = compensation.change(W, choose)
+        if np.count_nonzero(Q) > kept:
+            low = middle
+        else:
+            high, best = middle, max(best, Q, key=np.count_nonzero)
+    return best

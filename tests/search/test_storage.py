@@ -1,0 +1,205 @@
+"""Few values per weight: files within limits, losses as small as they can be, nothing else."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from onnxcomp import codec
+from onnxcomp.analysis import Analysis
+from onnxcomp.errors import ParameterError
+from onnxcomp.model import Model
+from onnxcomp.numerics.rounding import Rounded
+from onnxcomp.search import storage
+from onnxcomp.search.run import Result, compress
+from onnxcomp.search.settings import Limits, Settings
+from onnxcomp.search.storage import Curves, Storage, in_form, output_change, written_bytes
+from tests.search.cases import CASES
+from tests.search.searching import inputs, wide
+
+QUICK = Settings(latency=False, grid="8", methods=("share_weights",), emit="onnxc")
+
+
+def run(model: Model, settings: Settings = QUICK, **limits: float) -> Result:
+    return compress(model, inputs(model, 64), limits=Limits(**limits), settings=settings)
+
+
+def feeds(model: Model, count: int = 64) -> list[dict[str, np.ndarray]]:
+    return [inputs(model, count)]
+
+
+def make(model: Model, **options: object) -> Storage:
+    given = {"exclude": None, "seed": 0, "threads": 1, "progress": lambda *_: None}
+    return Storage(model, None, feeds(model), 1, **{**given, **options})
+
+
+def values(model: Model) -> dict[str, int]:
+    """Number of distinct values of every weight of a linear node, largest first."""
+    linears = Analysis(model).linears.values()
+    return {n.weight: len(np.unique(model.weights[n.weight])) for n in linears}
+
+
+def test_the_packed_file_is_within_the_limit_and_nearly_uses_it_up(tmp_path):
+    model = wide()
+    changes = []
+    for limit in (0.2, 0.08):
+        result = run(model, size=limit)
+        assert result.met
+        size = codec.pack(result.model, tmp_path / "a.onnxc")
+        assert result.report.result.file_bytes == size
+        assert 0.9 * limit <= size / model.file_bytes <= limit
+        assert codec.unpack(tmp_path / "a.onnxc").digest == result.model.digest
+        assert all(count <= 256 for count in values(result.model).values())
+        changes.append(output_change(model, result.model, feeds(model), threads=1))
+        methods = {action.method for action in result.report.actions}
+        assert methods == {"share_weights"}
+        assert len(result.report.actions) == len(values(model))
+    assert changes == sorted(changes)
+    assert changes[0] < 0.02
+
+
+def test_it_loses_less_than_the_nearest_levels_of_one_step():
+    """At equal size; the whole of what compensation, refits and allocation give."""
+    model = wide()
+    found = make(model).within(0.1 * model.file_bytes)
+    limit, change = codec.packed_bytes(found.model), 0.0
+    for step in np.geomspace(0.2, 2, 24):
+        plain = {
+            n: (np.rint(a / (step * a.std())) * (step * a.std()) + 0.0).astype(a.dtype)
+            if a.ndim > 1
+            else a
+            for n, a in model.weights.items()
+        }
+        nearest = Model(model.skeleton, plain)
+        if codec.packed_bytes(nearest) <= limit:
+            change = output_change(model, nearest, feeds(model), threads=1)
+            break
+    assert 0 < output_change(model, found.model, feeds(model), threads=1) < 0.5 * change
+
+
+@pytest.mark.parametrize("name", ["depthwise", "transposed", "fully_connected", "twins"])
+def test_all_kinds_of_nodes(name):
+    """Groups, transposed layouts, dense nodes, and weights that several nodes share."""
+    model = CASES[name]()
+    found = make(model).within(0.5 * model.file_bytes)
+    counts = values(found.model)
+    assert counts
+    for weight, count in counts.items():
+        assert count < 0.9 * found.model.weights[weight].size or count < 300
+        assert not np.signbit(
+            found.model.weights[weight][found.model.weights[weight] == 0]
+        ).any()
+    assert output_change(model, found.model, feeds(model), threads=1) < 0.1
+    assert len({a.where for a in found.actions}) == len(found.actions)
+
+
+def test_a_limit_that_cannot_be_met():
+    """The smallest file found is kept."""
+    model = wide()
+    result = run(model, size=100.0)
+    assert not result.met
+    assert 100 < result.report.result.file_bytes < 0.08 * model.file_bytes
+
+
+def test_excluded_nodes_keep_their_weights():
+    model = wide()
+    first = next(iter(Analysis(model).linears.values()))
+    found = make(model, exclude=f"^{first.id}$").within(0.35 * model.file_bytes)
+    assert np.array_equal(found.model.weights[first.weight], model.weights[first.weight])
+    assert first.id not in {action.where for action in found.actions}
+    assert len(found.actions) == len(values(model)) - 1
+
+
+def test_without_the_method_or_a_limit_nothing_is_lost():
+    model = wide()
+    for settings, limits in (
+        (QUICK, {}),
+        (replace(QUICK, methods=("remove_channels",)), {"size": 1.0}),
+    ):
+        result = run(model, settings, **limits)
+        assert output_change(model, result.model, feeds(model), threads=1) < 1e-9
+
+
+def test_smaller_plans_take_part_and_the_best_is_kept(monkeypatch):
+    """With a plan that loses nothing: half of the channels are copies of the others."""
+    model = wide()
+    seen = []
+    within = Storage.within
+
+    def watched(self, limit):
+        seen.append(Analysis(self._model).cost.params)
+        return within(self, limit)
+
+    monkeypatch.setattr(Storage, "within", watched)
+    settings = replace(QUICK, methods=("remove_channels", "share_weights"))
+    result = run(model, settings, size=0.05)
+    assert result.met
+    assert len(seen) >= 2
+    assert seen[1] < 0.85 * seen[0]
+    alone = run(model, QUICK, size=0.05)
+    error = [output_change(model, r.model, feeds(model), threads=1) for r in (result, alone)]
+    assert error[0] <= 1.05 * error[1]
+
+
+def test_other_limits_hold_as_well():
+    model = wide()
+    settings = replace(QUICK, methods=("remove_channels", "share_weights"))
+    result = run(model, settings, size=0.1, macs=0.7)
+    assert result.met
+    assert Analysis(result.model).cost.macs <= 0.7 * Analysis(model).cost.macs
+    assert result.report.result.file_bytes <= 0.1 * model.file_bytes
+    methods = {action.method for action in result.report.actions}
+    assert methods == {"remove_channels", "share_weights"}
+    tight = run(model, QUICK, size=0.05, drift=1e-3)
+    assert not tight.met  # so few bits move the outputs further
+
+
+def test_a_preview_promises_the_limit():
+    model = wide()
+    limits = Limits(size=0.1)
+    result = compress(model, inputs(model), limits=limits, settings=QUICK, dry_run=True)
+    assert result.met
+    assert result.report.result.file_bytes <= 0.1 * model.file_bytes
+    assert any("will be rounded" in note for note in result.report.notes)
+
+
+def test_codebooks_of_bytes():
+    model = wide()
+    result = run(model, replace(QUICK, emit="codebook"))
+    assert all(count <= 256 for count in values(result.model).values())
+    small = in_form(result.model, "codebook")
+    assert {n.op for n in small.nodes} >= {"Gather", "Cast"}
+    assert written_bytes(result.model, "codebook") == small.file_bytes
+    assert result.report.result.file_bytes == small.file_bytes < 0.45 * model.file_bytes
+    assert output_change(model, small, feeds(model), threads=1) < 1e-3
+
+
+def test_curves_take_the_least_sum():
+    rounded = [
+        Rounded(np.zeros((1, 1, 1), np.int32), step, step**2, bits)
+        for step, bits in ((1, 80), (4, 20), (8, 10))
+    ]
+    curves = Curves.of(rounded, [(4.0**2, 1.6e-3), (8.0**2, np.inf)])  # the last overflows
+    assert curves.steps[[0, -1]].tolist() == [1, 4]
+    assert curves.best(0.0) == 0
+    assert curves.best(1.0) == len(curves.steps) - 1
+    middle = np.flatnonzero(np.isclose(curves.steps, 2))[0]
+    assert curves.bits[middle] == pytest.approx(50)
+    assert curves.losses[middle] == pytest.approx(4e-4)  # as the square of the step
+
+
+def test_change_tells_models_apart():
+    model = wide()
+    name = next(n for n, a in model.weights.items() if a.ndim == 4)
+    other = Model(model.skeleton, {**model.weights, name: model.weights[name] * 1.1})
+    assert output_change(model, model, feeds(model), threads=1) == 0
+    assert 1e-4 < output_change(model, other, feeds(model), threads=1) < 1
+
+
+def test_settings_know_the_forms():
+    with pytest.raises(ParameterError, match="'emit' must be one of"):
+        Settings(emit="zip")
+    assert not Settings(emit="onnxc").shares
+    assert Settings(emit="onnxc", limits=Limits(size=0.1)).shares
+    assert not Settings(limits=Limits(size=0.1)).shares
+    assert storage.written_bytes(wide(), "onnx") == wide().file_bytes
