@@ -1,0 +1,146 @@
+"""The gradient of the loss at the weights as they are, averaged over samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from onnxcomp.bridge.equality import TOLERANCE, check_equal
+from onnxcomp.bridge.module import GraphModule, to_torch
+from onnxcomp.bridge.objective import check_labels
+from onnxcomp.bridge.plan import as_tensor
+from onnxcomp.bridge.training import torch_threads
+from onnxcomp.evaluate import usable_batch
+from onnxcomp.model import Array, Model
+from onnxcomp.runtime import Session, capture_tensors
+from onnxcomp.samples import Batch, Samples
+
+_BATCH = 32
+_PIXELS = 2**19  # of all images of a batch together
+_FEW = 4  # samples on which torch must give what onnxruntime gives
+_HALF_TOLERANCE = 1e-2  # relative L2 of graphs that onnxruntime computes in half precision
+
+
+def mean_gradients(
+    model: Model,
+    samples: Samples,
+    *,
+    squared: bool = False,
+    seed: int = 0,
+    threads: int = 1,
+) -> dict[str, Array]:
+    """Return the mean gradient of a loss at the weights, BatchNormalization frozen.
+
+    The loss is the cross entropy of the class scores (the first raw output of shape (N, K))
+    against the labels, or without labels against the class that the model itself puts first.
+    Without class scores it is the squared change of the raw outputs relative to their
+    variance, against the outputs shifted by noise of that variance: against the outputs as
+    they are, the gradient would be zero.
+
+    Args:
+        model: The model.
+        samples: The samples, as the model sees them in use.
+        squared: Return the mean over samples of the squared gradient instead.
+        seed: Seed of the noise.
+        threads: Threads of torch.
+
+    Returns:
+        float64 arrays by the name of the initializer, for all weights that are trained.
+
+    Raises:
+        UnsupportedModelError: The bridge cannot express a node.
+        ValidationError: Torch does not give what onnxruntime gives.
+        DataError: The labels are no classes.
+    """
+    with torch_threads(threads):
+        module = to_torch(model)
+        weights = module.trained
+        if not weights:
+            return {}
+        few = samples.take(range(min(_FEW, samples.count)))
+        half = any(a.dtype.name in ("float16", "bfloat16") for a in model.weights.values())
+        check_equal(module, model, few, tolerance=_HALF_TOLERANCE if half else TOLERANCE)
+        loss = _Loss(model, module, samples, seed)
+        sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
+        for feed in _feeds(model, samples, 1 if squared else _BATCH):
+            found = torch.autograd.grad(
+                loss.of(feed), list(weights.values()), allow_unused=True
+            )
+            share = feed.count / samples.count
+            for name, gradient in zip(weights, found, strict=True):
+                if gradient is not None:
+                    value = gradient.double()
+                    sums[name] += share * (value.square() if squared else value)
+    return {name: value.numpy() for name, value in sums.items()}
+
+
+def _feeds(model: Model, samples: Samples, batch: int) -> Iterator[Batch]:
+    inputs = model.signature.inputs
+    pixels = max(math.prod(array.shape[2:]) for array in samples.arrays.values())
+    batch = max(1, min(batch, _PIXELS // max(pixels, 1)))
+    return samples.batches(
+        inputs, usable_batch([Session(model, optimize=False)], inputs, samples, batch)
+    )
+
+
+class _Loss:
+    """The mean loss of the samples of one run."""
+
+    def __init__(self, model: Model, module: GraphModule, samples: Samples, seed: int) -> None:
+        from onnxcomp.search.outputs import raw_outputs  # of a layer above
+
+        first = next(samples.batches(model.signature.inputs, _FEW)).feed
+        facts = capture_tensors(model, first)
+        self._module = module
+        self._names = raw_outputs(model, facts)
+        self._scores = next((n for n in self._names if _classes(facts[n].shape)), None)
+        self._labels = None
+        if self._scores is not None and samples.labels is not None:
+            check_labels(samples.labels, _classes(facts[self._scores].shape))
+            self._labels = samples.labels
+        with torch.no_grad():
+            found = module({n: as_tensor(a) for n, a in first.items()}, self._names)
+        self._deviations = {n: float(value.std()) or 1.0 for n, value in found.items()}
+        self._noise = torch.Generator().manual_seed(seed)
+
+    def of(self, feed: Batch) -> Tensor:
+        tensors = {name: as_tensor(array) for name, array in feed.feed.items()}
+        if self._scores is not None:
+            scores = self._module(tensors, [self._scores])[self._scores]
+            return self._cross_entropy(scores[: feed.count].flatten(1), feed)
+        outputs = self._module(tensors, self._names)
+        losses = [
+            self._shifted(_rows(value, feed), self._deviations[name])
+            for name, value in outputs.items()
+        ]
+        return torch.stack(losses).mean()
+
+    def _cross_entropy(self, scores: Tensor, feed: Batch) -> Tensor:
+        """Return the cross entropy against the labels, or the model's own first class."""
+        if self._labels is None:
+            return functional.cross_entropy(scores, scores.argmax(dim=1))
+        labels = self._labels[feed.start : feed.start + feed.count]
+        if labels.shape == tuple(scores.shape):
+            return functional.cross_entropy(scores, as_tensor(labels).to(scores))
+        return functional.cross_entropy(scores, as_tensor(labels.reshape(-1)).long())
+
+    def _shifted(self, value: Tensor, deviation: float) -> Tensor:
+        """Return the squared change of values against themselves shifted by noise."""
+        noise = torch.randn(value.shape, generator=self._noise, dtype=value.dtype)
+        return functional.mse_loss(value, value.detach() + deviation * noise) / deviation**2
+
+
+def _rows(value: Tensor, feed: Batch) -> Tensor:
+    """Return the rows of the samples, without those that fill a batch up."""
+    padded = value.dim() > 0 and feed.rows is not None and len(value) == feed.rows
+    return value[: feed.count] if padded else value
+
+
+def _classes(shape: Sequence[int]) -> int:
+    """Return the number of classes of scores (N, K), axes of length 1 aside; else 0."""
+    count = max(shape[1:], default=0)
+    return count if count >= 2 and count == math.prod(shape[1:]) else 0
