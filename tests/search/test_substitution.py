@@ -1,0 +1,129 @@
+"""Lighter operators compete with ranks and widths, and the walk writes what was predicted."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from onnxcomp.analysis import Analysis
+from onnxcomp.model import Model
+from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.remove_channels import RemoveChannels
+from onnxcomp.passes.substitute_operators import SubstituteOperators
+from onnxcomp.search.actions import describe
+from onnxcomp.search.losses import Losses
+from onnxcomp.search.settings import Settings
+from onnxcomp.search.store import Store
+from tests.analysis.channel_graphs import Graph
+from tests.search.cases import CASES
+from tests.search.lab import Lab, distance, measured_cost
+
+TOLERANCE = 1e-5  # relative L2: float32 products in another order
+KINDS = (RemoveChannels, Factorize, SubstituteOperators)
+METHOD = SubstituteOperators.name
+
+
+def blocks() -> Model:
+    g = Graph(8, 8, 8)
+    t = g.op("Relu", g.conv("x", 8, 8))
+    for _ in range(2):
+        h = g.op("Relu", g.conv(t, 8, 8))
+        t = g.op("Relu", g.op("Add", g.conv(h, 8, 8), t))
+    return g.model(g.conv(t, 8, 4, strides=[2, 2]))
+
+
+def bypassed(losses: Losses) -> list:
+    return [option for option in losses.forms if option.form == "bypass"]
+
+
+@cache
+def known(name: str) -> tuple[Lab, Losses]:
+    model = blocks() if name == "blocks" else CASES[name]()
+    lab = Lab.of(model, step=4, kinds=KINDS)
+    return lab, lab.losses()
+
+
+def substitutes(options) -> list:
+    return [option for option in options if option.method == METHOD]
+
+
+@pytest.mark.parametrize("name", ["residual", "concat_of_three", "channels_last"])
+def test_plans_are_written_as_predicted(name):
+    lab, losses = known(name)
+    assert substitutes(losses.forms)
+    rng, seen = np.random.default_rng(0), 0
+    for _ in range(2):
+        plan = lab.plan(losses, rng)
+        seen += len(substitutes(plan.forms.values()))
+        walked = lab.walk(plan, losses).run()
+        assert measured_cost(walked.model, lab) == plan.cost
+        dense = Model(lab.model.skeleton, {**lab.model.weights, **walked.weights})
+        found, wanted = lab.outputs(walked.model), lab.outputs(dense)
+        assert distance(found, wanted) <= TOLERANCE
+        assert distance(found, lab.outputs(lab.model)) > 10 * TOLERANCE
+    assert seen
+
+
+def test_a_convolution_is_left_out_where_the_next_can_do_its_work():
+    """The first of each block: its loss is that of the network that the walk writes."""
+    lab, losses = known("blocks")
+    every = list(lab.space.facts.linears)
+    places = [every.index(option.target) for option in bypassed(losses)]
+    assert places == [1, 3]  # the others feed the shortcut, or a narrower node
+    for option in bypassed(losses):
+        plan = lab.lone_plan({}, {option.target: option})
+        walked = lab.walk(plan, losses).run()
+        assert measured_cost(walked.model, lab) == plan.cost
+        assert len(Analysis(walked.model).linears) == len(every) - 1
+        dense = Model(lab.model.skeleton, {**lab.model.weights, **walked.weights})
+        found, wanted = lab.outputs(walked.model), lab.outputs(dense)
+        assert distance(found, wanted) <= TOLERANCE
+        refitted = lab.error(walked.weights)
+        assert 0.4 < refitted / losses.forms[option] < 1.5  # the walk refits the others, too
+        linear = lab.space.facts.linears[option.target]
+        own = {n: walked.weights[n] for n in (linear.weight, linear.bias)}
+        assert lab.error(own) > 1.5 * losses.forms[option]  # without the refit of the next
+
+
+def test_nothing_is_left_out_in_front_of_what_must_stay():
+    lab, losses = known("blocks")
+    first, reader = [*lab.space.facts.linears][1:3]
+    excluded = Lab.of(blocks(), step=4, kinds=KINDS, exclude=f"^{reader}$").losses()
+    assert first in [option.target for option in bypassed(losses)]
+    assert [option.target for option in bypassed(excluded)] == [
+        option.target for option in bypassed(losses) if option.target != first
+    ]
+
+
+def test_blocks_become_one_lighter_operator():
+    lab, losses = known("blocks")
+    first, second = [*lab.space.facts.linears][1:3]
+    forms = {o.target: o for o in losses.forms if o.target == first and o.form == "bypass"}
+    forms |= {o.target: o for o in losses.forms if o.target == second and o.size == (1,)}
+    plan = lab.lone_plan({}, forms)
+    walked = lab.walk(plan, losses).run()
+    assert len(plan.forms) == 2
+    assert measured_cost(walked.model, lab) == plan.cost
+    dense = Model(lab.model.skeleton, {**lab.model.weights, **walked.weights})
+    assert distance(lab.outputs(walked.model), lab.outputs(dense)) <= TOLERANCE
+
+
+def test_they_are_in_words_in_the_report():
+    lab, losses = known("residual")
+    option = substitutes(losses.forms)[0]
+    plan = lab.lone_plan({}, {option.target: option})
+    (action,), macs = describe(lab.space, plan, losses)
+    assert action.what.startswith(option.form)
+    assert action.loss == losses.forms[option]
+    assert macs == lab.space.facts.linears[option.target].convolution.macs
+
+
+def test_measurements_are_taken_over(tmp_path):
+    lab, _ = known("residual")
+    first = lab.meter(store=Store(tmp_path)).run()
+    assert lab.meter(store=Store(tmp_path)).run().forms == first.forms
+    assert substitutes(first.forms)
+
+
+def test_they_are_among_the_methods():
+    assert METHOD in Settings().methods
