@@ -140,7 +140,7 @@ class Evaluation:
         metric_candidate: Metric of the candidate.
         drop: Their difference, in absolute points (1 % = 0.01); negative = better.
         samples: Number of samples.
-        origin: "user" or "random".
+        origin: "user", "random" or "inverted".
     """
 
     drift: Mapping[str, Drift]

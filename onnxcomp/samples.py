@@ -83,7 +83,8 @@ class Samples:
     Attributes:
         arrays: input name -> array of shape (count, ...); see the rank rule.
         labels: array of shape (count, ...), or None.
-        origin: "user", or "random" where `random_samples` made them.
+        origin: "user", "random" where `random_samples` made them, or "inverted" where they
+            were made from what a network recorded.
     """
 
     arrays: Mapping[str, Array]

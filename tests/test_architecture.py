@@ -48,8 +48,8 @@ LAYERS = [
     },
     {"passes", "validation"},
     {"bridge"},
-    {"search", "report", "recipe", "tune"},
-    {"cli"},
+    {"search", "report", "recipe", "teaching", "tune"},
+    {"cli", "__main__"},
 ]
 
 

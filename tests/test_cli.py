@@ -188,7 +188,7 @@ def test_compress_refuses_to_overwrite_inputs(quick, tmp_path):
     [
         (["--max-macs", "150%"], "--max-macs"),
         (["--max-size", "big"], "--max-size"),
-        (["--methods", "magic"], "--methods: 'methods' must be one of factorize"),
+        (["--methods", "magic"], "--methods: 'methods' must be one of compress_collab"),
         (["--target", "abacus"], "--target: 'target' must be one of arm64"),
         (["--grid", "7.5"], "--grid: 'grid' must be auto, off or a number"),
         (["--exclude", "("], "--exclude: 'exclude' must be a regular expression"),

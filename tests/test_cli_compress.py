@@ -62,6 +62,7 @@ def left(folder: Path) -> list[str]:
         (["--max-drift", "5%"], Settings(limits=Limits(drift=0.05))),
         (["--time-limit", "10m"], Settings(time_limit=600.0)),
         (["--time-limit", "90s"], Settings(time_limit=90.0)),
+        (["--tune"], Settings(tune=True)),
         (
             ["--max-drop", "0.5%", "--max-macs", "0.5", "--max-latency", "8ms"],
             Settings(limits=Limits(macs=0.5, latency=8000.0, drop=0.005)),

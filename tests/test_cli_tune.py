@@ -16,6 +16,7 @@ from onnxcomp.cli import tune as module
 from onnxcomp.opening import Opened
 from onnxcomp.samples import load_samples
 from onnxcomp.tune import TuneResult
+from tests.analysis.channel_graphs import Graph
 from tests.search.cases import CASES
 from tests.search.searching import inputs, wide
 from tests.test_cli import call, digest, start
@@ -42,9 +43,11 @@ def files(tmp_path_factory) -> dict[str, Path]:
 def here(files, tmp_path, monkeypatch) -> Path:
     """An empty folder; models are opened in this process, without their first run."""
 
-    def opened(path: Path, data: Path) -> Opened:
+    def opened(path: Path, data: Path, *, preprocess: Path | None) -> Opened:
         model = load(path)
-        return Opened(model, load_samples(data, model.signature.inputs), ())
+        return Opened(
+            model, load_samples(data, model.signature.inputs, preprocess=preprocess), ()
+        )
 
     monkeypatch.setattr(module, "open_model", opened)
     return tmp_path
@@ -64,8 +67,8 @@ def fake(monkeypatch, **given: object) -> list[dict[str, object]]:
     """Tuning that ends at once, with the keywords of every call."""
     seen: list[dict[str, object]] = []
 
-    def tuning(model, teacher, data, **options: object) -> TuneResult:
-        seen.append(options)
+    def tuning(model, teacher, data, settings, **options: object) -> TuneResult:
+        seen.append({**vars(settings), **options, "data": data})
         return TuneResult(model, **({"before": 2.0, "after": 1.0, "history": ()} | given))
 
     monkeypatch.setattr(module, "tune_model", tuning)
@@ -84,8 +87,8 @@ def test_a_tuned_model_is_written_and_told(here, files) -> None:
     assert tuned.digest != student.digest
     assert out.stat().st_size == files["student.onnx"].stat().st_size
     assert "hold-out loss: " in result.stdout
-    assert "teacher: fit samples" in result.stderr
-    assert "tune: epoch 1 of 2" in result.stderr
+    assert "teacher: hold-out samples" in result.stderr
+    assert "tune: outputs, epoch 1 of 1" in result.stderr
     again = call(
         *arguments(files), "-o", here / "b.onnx", "--epochs", "2", "--seed", "3", "--quiet"
     )
@@ -106,13 +109,20 @@ def test_flags_mean_what_they_say(here, files, monkeypatch) -> None:
     call(*arguments(files), "-o", here / "a.onnx")
     flags = ["--epochs", "7", "--labels", "--device", "cuda", "--time-limit", "10m"]
     flags += ["--resume", here / "state", "--seed", "5", "--threads", "2", "--quiet"]
+    flags += ["--blocks", "first", "--augment", "mixup", "--optimizer", "sgd"]
+    flags += ["--learning-rate", "0.01"]
     call(*arguments(files), "-o", here / "a.onnx", *flags)
     for options in seen:
-        del options["progress"]
-    usual = {"epochs": 20, "labels": False, "device": "cpu", "time_limit": None}
-    assert seen[0] == usual | {"resume": None, "seed": 0, "threads": 1}
-    wanted = {"epochs": 7, "labels": True, "device": "cuda", "time_limit": 600.0}
-    assert seen[1] == wanted | {"resume": here / "state", "seed": 5, "threads": 2}
+        del options["progress"], options["data"]
+    usual = {"epochs": None, "labels": False, "device": "cpu", "time_limit": None}
+    usual |= {"blocks": "auto", "augment": "light", "optimizer": "adamw"}
+    usual |= {"learning_rate": None, "resume": None, "seed": 0, "threads": 1}
+    usual |= {"batch": 32, "keep_structure": True}
+    assert seen[0] == usual
+    wanted = usual | {"epochs": 7, "labels": True, "device": "cuda", "time_limit": 600.0}
+    wanted |= {"blocks": "first", "augment": "mixup", "optimizer": "sgd"}
+    wanted |= {"learning_rate": 0.01, "resume": here / "state", "seed": 5, "threads": 2}
+    assert seen[1] == wanted
 
 
 def test_an_interrupt_ends_with_130_and_the_best(here, files, monkeypatch) -> None:
@@ -143,6 +153,9 @@ def test_the_time_limit_ends_with_0_and_a_note(here, files) -> None:
         ({}, ["--labels"], "the data have no 'labels'"),
         ({}, ["--device", "tpu"], "'device' must be one of cpu, cuda"),
         ({}, ["--epochs", "0"], "--epochs"),
+        ({}, ["--blocks", "some"], "'blocks' must be one of added, auto, first, off"),
+        ({}, ["--augment", "some"], "'augment' must be one of light, mixup, none"),
+        ({}, ["--optimizer", "some"], "'optimizer' must be one of adamw, sgd"),
         ({}, ["--time-limit", "soon"], "--time-limit"),
         ({}, ["-o", "."], "is a folder"),
     ],
@@ -168,6 +181,27 @@ def test_labels_are_used(here, files) -> None:
     for name, flags in (("a", []), ("b", ["--labels"])):
         call(*given, "-o", here / f"{name}.onnx", "--epochs", "2", *flags)
     assert digest(here / "a.onnx") != digest(here / "b.onnx")
+
+
+def test_pictures_need_a_file_that_says_what_becomes_of_them(here, files, monkeypatch) -> None:
+    pillow = pytest.importorskip("PIL.Image")
+    g = Graph(3, 16, 16)
+    g.model(g.conv("x", 3, 4)).save(here / "model.onnx")
+    (here / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(5):
+        pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+        pillow.fromarray(pixels).save(here / "pictures" / f"{index}.png")
+    (here / "images.yaml").write_text("scale: 0.00392156862745098\nlayout: nchw\n")
+    seen = fake(monkeypatch)
+    given = ["tune", here / "model.onnx", "--teacher", here / "model.onnx"]
+    given += ["--data", here / "pictures", "-o", here / "out.onnx"]
+    result = call(*given, code=2)
+    assert "a folder of images needs a preprocessing file" in result.stderr
+    call(*given, "--preprocess", here / "images.yaml")
+    (samples,) = [options["data"] for options in seen]
+    assert samples.arrays["x"].shape == (5, 3, 16, 16)
+    assert 0.9 < samples.arrays["x"].max() <= 1.0
 
 
 def test_a_missing_torch_ends_with_2_and_names_the_extra(here, files, monkeypatch) -> None:

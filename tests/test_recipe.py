@@ -35,6 +35,8 @@ OTHER = Settings(
     memory=4e9,
     solver_seconds=5.0,
     time_limit=600.0,
+    tune=True,
+    emit="codebook",
     latency=False,
     force=True,
 )

@@ -19,6 +19,8 @@ from onnxcomp.model import Array, Model, extract
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Batch, Samples
 
+_SHARES = 1e-3  # by which the sum of a sample's shares of classes may be off 1
+
 
 @dataclass(frozen=True, eq=False)
 class Examples:
@@ -41,35 +43,48 @@ class Examples:
 class Objective:
     """Mean over outputs of the squared change relative to the teacher's variance.
 
-    With classes the cross entropy of that output against the labels is added.
+    The same mean over ends of blocks is added; so is, with classes, the cross entropy of that
+    output against the labels.
 
     Args:
         model: The model that is trained.
-        fit: The examples that it is trained on, of which the variances are taken.
+        module: The same as a module.
+        few: Some examples, of which variances and batches are learnt; their targets are what
+            is compared.
         batch: Samples per run where the graph allows several.
         classes: Tensor of class scores, in front of Softmax, of shape (N, K) or with axes of
             length 1; None without labels.
+        ends: Targets that are ends of blocks, in the order of the graph; the others are the
+            outputs.
     """
 
     def __init__(
-        self, model: Model, module: GraphModule, fit: Examples, batch: int, classes: str | None
+        self,
+        model: Model,
+        module: GraphModule,
+        few: Examples,
+        batch: int,
+        classes: str | None = None,
+        ends: Sequence[str] = (),
     ) -> None:
         self._inputs = model.signature.inputs
         self._classes = classes
         self._scales = {
             name: float(np.var(array, dtype=np.float64)) or 1.0
-            for name, array in fit.targets.items()
+            for name, array in few.targets.items()
         }
-        self._names = tuple(dict.fromkeys([*fit.targets, *([classes] if classes else [])]))
+        self._ends = tuple(ends)
+        self._outputs = tuple(name for name in few.targets if name not in ends)
+        self._names = tuple(dict.fromkeys([*few.targets, *([classes] if classes else [])]))
         self.batch = batch
-        first = next(fit.samples.batches(self._inputs, 1))
+        first = next(few.samples.batches(self._inputs, 1))
         stacked = module.one_sample and first.rows == 1
-        free = stacked and takes_batches(module, model, fit.samples)
-        self._free = free and self._has_rows(module, fit.samples)
+        free = stacked and takes_batches(module, model, few.samples)
+        self._free = free and self._has_rows(module, few.samples)
         session = Session(extract(model, (), self._names), optimize=False)
         read = [value for value in self._inputs if value.name in session.input_names]
-        few = Samples({v.name: fit.samples.arrays[v.name] for v in read})
-        self._size = usable_batch([session], read, few, batch) if read else batch
+        used = Samples({v.name: few.samples.arrays[v.name] for v in read})
+        self._size = usable_batch([session], read, used, batch) if read else batch
 
     def parts(self, module: GraphModule, examples: Examples) -> Iterator[tuple[float, Tensor]]:
         """Yield share of the samples and loss of every run that examples take.
@@ -81,18 +96,33 @@ class Objective:
         device = next(module.parameters()).device
         for feed in self._feeds(examples.samples):
             tensors = {name: as_tensor(array).to(device) for name, array in feed.feed.items()}
-            outputs = module(tensors, self._names)
-            index = slice(feed.start, feed.start + feed.count)
-            rows = {name: _samples_first(value, feed) for name, value in outputs.items()}
-            losses = [
-                self._change(name, rows[name], array[index])
-                for name, array in examples.targets.items()
-            ]
-            loss = torch.stack(losses).mean()
-            if self._classes is not None and examples.samples.labels is not None:
-                labels = examples.samples.labels[index]
-                loss = loss + _cross_entropy(rows[self._classes], labels)
-            yield feed.count / count, loss
+            index = range(feed.start, feed.start + feed.count)
+            for loss in self.losses(module, tensors, feed, examples.take(index)):
+                yield feed.count / count, loss
+
+    def losses(
+        self,
+        module: GraphModule,
+        tensors: Mapping[str, Tensor],
+        feed: Batch,
+        examples: Examples,
+    ) -> Iterator[Tensor]:
+        """Yield the losses of one run, whose sum is its loss.
+
+        Args:
+            module: The module.
+            tensors: Its inputs.
+            feed: The same as arrays.
+            examples: The samples in the feed.
+        """
+        outputs = module(tensors, self._names)
+        loss = self._change(self._outputs, outputs, feed, examples)
+        if self._ends:
+            loss = loss + self._change(self._ends, outputs, feed, examples)
+        if self._classes is not None and examples.samples.labels is not None:
+            scores = _samples_first(outputs[self._classes], feed)
+            loss = loss + _cross_entropy(scores, examples.samples.labels)
+        yield loss
 
     def of(self, module: GraphModule, examples: Examples) -> float:
         """Return the loss on examples, without gradients."""
@@ -121,29 +151,70 @@ class Objective:
         else:
             yield from samples.batches(self._inputs, self._size)
 
-    def _change(self, name: str, value: Tensor, target: Array) -> Tensor:
-        if tuple(value.shape) != target.shape:
-            raise ValidationError(
-                f"'{name}' has shape {tuple(value.shape)}, the teacher's {target.shape} on "
-                "the same samples"
-            )
-        wanted = as_tensor(target).to(value)
-        return functional.mse_loss(value, wanted) / self._scales[name]
+    def _change(
+        self,
+        names: Sequence[str],
+        values: Mapping[str, Tensor],
+        feed: Batch,
+        examples: Examples,
+    ) -> Tensor:
+        """Return the mean over tensors of their squared change relative to the variance."""
+        found = []
+        for name in names:
+            value, target = _samples_first(values[name], feed), examples.targets[name]
+            if tuple(value.shape) != target.shape:
+                raise ValidationError(
+                    f"'{name}' has shape {tuple(value.shape)}, the teacher's {target.shape} "
+                    "on the same samples"
+                )
+            wanted = as_tensor(target).to(value)
+            found.append(functional.mse_loss(value, wanted) / self._scales[name])
+        return torch.stack(found).mean()
+
+
+class BlockObjective(Objective):
+    """Mean over blocks of what changes at their ends, each trained by its own end alone.
+
+    All blocks are run one after the other on what the model itself gives at the ends in front
+    of them, without a path for gradients between them; the outputs end the last one.
+    """
+
+    def losses(
+        self,
+        module: GraphModule,
+        tensors: Mapping[str, Tensor],
+        feed: Batch,
+        examples: Examples,
+    ) -> Iterator[Tensor]:
+        """Yield the loss of each block; see `Objective.losses`."""
+        blocks = [*((end,) for end in self._ends), self._outputs]
+        known = dict(tensors)
+        for names in blocks:
+            found = module(known, names)
+            known |= {name: value.detach() for name, value in found.items()}
+            loss = self._change(names, found, feed, examples) / len(blocks)
+            if loss.requires_grad:  # a block may hold no weights
+                yield loss
 
 
 def check_labels(labels: Array, classes: int) -> None:
-    """Check that labels are classes: indices, or one row of scores per sample.
+    """Check that labels are classes: indices, or the shares of all classes per sample.
 
     Raises:
         DataError: They are not.
     """
     if labels.shape == (len(labels), classes):
+        if labels.min() < 0 or np.abs(labels.sum(axis=1) - 1).max() > _SHARES:
+            raise DataError(
+                "labels with a number for each class must be shares: >= 0, of sum 1 for "
+                f"every sample; found {labels.min():.3g} to {labels.max():.3g}"
+            )
         return
     flat = labels.reshape(-1)
     if flat.size != len(labels) or labels.dtype.kind not in "biu":
         raise DataError(
             f"labels are {labels.dtype} of shape {labels.shape}; training on them needs one "
-            f"class index per sample, or {classes} scores"
+            f"class index per sample, or shares of {classes} classes"
         )
     if flat.min() < 0 or flat.max() >= classes:
         raise DataError(f"labels go from {flat.min()} to {flat.max()}; there are {classes}")
@@ -152,8 +223,9 @@ def check_labels(labels: Array, classes: int) -> None:
 def _cross_entropy(scores: Tensor, labels: Array) -> Tensor:
     scores = scores.flatten(1)
     if labels.shape == tuple(scores.shape):
-        labels = labels.argmax(axis=1)
-    wanted = torch.from_numpy(labels.reshape(-1).astype(np.int64)).to(scores.device)
+        wanted = torch.from_numpy(labels.astype(np.float32)).to(scores)
+    else:
+        wanted = torch.from_numpy(labels.reshape(-1).astype(np.int64)).to(scores.device)
     return functional.cross_entropy(scores, wanted)
 
 

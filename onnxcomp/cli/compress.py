@@ -9,10 +9,12 @@ from typing import Annotated, Any, NamedTuple, Self
 
 import typer
 
+from onnxcomp import codec
 from onnxcomp.analysis import Analysis
 from onnxcomp.cli.options import (
     Data,
     DryRun,
+    Emit,
     Exclude,
     Force,
     Grid,
@@ -35,9 +37,10 @@ from onnxcomp.cli.options import (
     Target,
     Threads,
     TimeLimit,
+    Tune,
 )
 from onnxcomp.cli.output import complain, emit, inputs_of, stderr, warn
-from onnxcomp.errors import LimitError
+from onnxcomp.errors import LimitError, ParameterError
 from onnxcomp.loading import write_model, write_text
 from onnxcomp.metrics import load_metric
 from onnxcomp.model import Model
@@ -50,6 +53,9 @@ from onnxcomp.report.text import plan_view, report_view, unmet_limits
 from onnxcomp.search.run import Result
 from onnxcomp.search.run import compress as compress_model
 from onnxcomp.search.settings import Limits, Settings
+from onnxcomp.search.storage import in_form
+
+PACKED_SUFFIX = ".onnxc"
 
 
 def compress(
@@ -69,6 +75,8 @@ def compress(
     exclude: Exclude = None,
     target: Target = None,
     grid: Grid = None,
+    tune: Tune = False,
+    emitted: Emit = None,
     time_limit: TimeLimit = None,
     resume: Resume = None,
     memory: Memory = None,
@@ -86,16 +94,14 @@ def compress(
     the fastest model within them, limits on costs for the most accurate one.  The best model
     so far is in OUT at any time; the recipe is written beside it.
     """
-    flags = {
+    flags: dict[str, Any] = {"exclude": exclude, "target": target, "grid": grid}
+    flags |= {"memory": memory, "seed": seed, "threads": threads}
+    flags |= {
         "limits": Limits(max_macs, max_params, max_size, max_latency, max_drop, max_drift),
         "methods": None if methods is None else tuple(methods.split(",")),
-        "exclude": exclude,
-        "target": target,
-        "grid": grid,
-        "memory": memory,
+        "emit": _form(out, emitted),
+        "tune": tune or None,
         "time_limit": time_limit,
-        "seed": seed,
-        "threads": threads,
         "force": force or None,
     }
     settings, metric = _resolved(recipe, flags, metric)
@@ -104,7 +110,7 @@ def compress(
         opened = open_model(model, data, preprocess=preprocess, seed=settings.seed)
         inputs = inputs_of(opened.model.files, data, preprocess, recipe)
         check_outputs(outputs.by_flag(), inputs)
-        best = _BestSoFar(out, inputs)
+        best = _BestSoFar(out, settings.emit, inputs)
         result = _search(opened, settings, metric, best, progress, dry_run, resume)
     warn(opened.warnings)
     if dry_run:
@@ -114,12 +120,40 @@ def compress(
     return _deliver(result, opened, text, outputs, inputs)
 
 
+def _form(out: Path, emitted: str | None) -> str | None:
+    """Return the form of the file to write, or None where neither name nor flag tells."""
+    if emitted is not None and emitted not in ("onnx", "codebook"):
+        raise ParameterError.choice("compress", "--emit", ("onnx", "codebook"), emitted)
+    if out.suffix != PACKED_SUFFIX:
+        return emitted
+    if emitted is not None:
+        raise ParameterError(
+            f"--emit: '{emitted}' is a form of ONNX files, but -o names the packed '{out}'; "
+            "leave one of them out"
+        )
+    return "onnxc"
+
+
+def _write(model: Model, path: Path, emitted: str, inputs: Iterable[Path]) -> int:
+    """Write a model in the form that the settings ask for; return its bytes."""
+    if emitted == "onnxc":
+        return codec.pack(model, path)
+    model = in_form(model, emitted)
+    proto = model.to_proto(external=True)
+    return write_model(proto, path, inputs=inputs, external=model.weights)
+
+
 def _resolved(
     recipe: Path | None, flags: Mapping[str, Any], metric: str | None
 ) -> tuple[Settings, str | None]:
     """Return settings and metric: flags over the recipe over defaults."""
     base = Recipe() if recipe is None else load_recipe(recipe)
-    return resolve(base, flags), metric or base.metric
+    settings = resolve(base, flags)
+    if settings.emit == "onnxc" and flags["emit"] is None:
+        raise ParameterError(
+            f"-o: the recipe makes a packed file, so that the name must end in {PACKED_SUFFIX}"
+        )
+    return settings, metric or base.metric
 
 
 def _search(
@@ -150,16 +184,16 @@ def _search(
 class _BestSoFar:
     """Keeps the best model so far in the output file; an error takes it away again."""
 
-    def __init__(self, path: Path, inputs: Iterable[Path]) -> None:
+    def __init__(self, path: Path, emitted: str, inputs: Iterable[Path]) -> None:
         self._path = path
+        self._emitted = emitted
         self._inputs = inputs
         self._skip = self._there = path.exists()
 
     def write(self, model: Model) -> None:
         """Write a model; the first, which is the input, only where there is no file yet."""
         if not self._skip:
-            proto = model.to_proto(external=True)
-            write_model(proto, self._path, inputs=self._inputs, external=model.weights)
+            _write(model, self._path, self._emitted, self._inputs)
         self._skip = False
 
     def __enter__(self) -> Self:
@@ -201,8 +235,7 @@ def _deliver(
 ) -> None:
     """Write and print what a compression gave, and tell by the exit code how it ended."""
     report = result.report
-    proto = result.model.to_proto(external=True)
-    written = write_model(proto, outputs.model, inputs=inputs, external=result.model.weights)
+    written = _write(result.model, outputs.model, report.settings.emit, inputs)
     report = replace(report, result=replace(report.result, file_bytes=written))
     write_text(outputs.recipe, recipe, inputs=inputs)
     if outputs.page is not None:

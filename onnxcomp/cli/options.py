@@ -69,6 +69,9 @@ MaxDrop = Annotated[
 MaxDrift = Annotated[
     float | None, _limit("--max-drift", "relative L2 of any output on new samples")
 ]
+Tune = Annotated[
+    bool, typer.Option("--tune", help="Train the result on --data at the end; needs PyTorch.")
+]
 TimeLimit = Annotated[
     float | None,
     typer.Option(
@@ -89,6 +92,10 @@ Target = Annotated[
 ]
 Grid = Annotated[
     str | None, typer.Option(metavar="auto|off|N", help="Widths and ranks that are allowed.")
+]
+Emit = Annotated[
+    str | None,
+    typer.Option("--emit", metavar="onnx|codebook", help="Whole weights, or one byte each."),
 ]
 Memory = Annotated[
     float | None,

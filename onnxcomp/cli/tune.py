@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,31 +10,54 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
-from onnxcomp.cli.options import Quiet, Resume, Seed, Threads, TimeLimit
+from onnxcomp.cli.options import Preprocess, Quiet, Resume, Seed, Threads, TimeLimit
 from onnxcomp.cli.output import complain, emit, inputs_of, stderr, warn
 from onnxcomp.loading import load, write_model
 from onnxcomp.opening import check_outputs, open_model
 from onnxcomp.report.progress import ProgressView
-from onnxcomp.tune import TuneResult, check_signatures
+from onnxcomp.teaching import AUGMENTATIONS, check_signatures
+from onnxcomp.tune import BLOCKS, TuneResult, Tuning, leads
 from onnxcomp.tune import tune as tune_model
+
+Teacher = Annotated[
+    Path, typer.Option("--teacher", metavar="PATH", help="The original to learn from.")
+]
+Data = Annotated[
+    Path,
+    typer.Option("--data", metavar="PATH", help="Samples: .npz, a folder of .npy, or images."),
+]
+Out = Annotated[Path, typer.Option("-o", metavar="OUT", help="The file to write.")]
+Epochs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Passes over the samples [20, or what time holds]."),
+]
+Labels = Annotated[bool, typer.Option("--labels", help="Learn from labels in the data too.")]
+Blocks = Annotated[
+    str, typer.Option(metavar="|".join(BLOCKS), help="What ends of blocks are used for.")
+]
+Augment = Annotated[
+    str, typer.Option(metavar="|".join(AUGMENTATIONS), help="What becomes of images.")
+]
+Optimizer = Annotated[str, typer.Option(metavar="adamw|sgd", help="What takes the steps.")]
+Rate = Annotated[
+    float | None, typer.Option(metavar="X", help="The highest [1e-4; with sgd 1e-3].")
+]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where torch computes.")]
 
 
 def tune(
     model: Path,
-    teacher: Annotated[
-        Path, typer.Option("--teacher", metavar="PATH", help="The original to learn from.")
-    ],
-    data: Annotated[
-        Path, typer.Option("--data", metavar="PATH", help="Samples: .npz or a folder of .npy.")
-    ],
-    out: Annotated[Path, typer.Option("-o", metavar="OUT", help="The file to write.")],
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over samples and copies.")] = 20,
-    labels: Annotated[
-        bool, typer.Option("--labels", help="Learn from the labels in the data too.")
-    ] = False,
-    device: Annotated[
-        str, typer.Option(metavar="cpu|cuda", help="Where torch computes.")
-    ] = "cpu",
+    teacher: Teacher,
+    data: Data,
+    out: Out,
+    preprocess: Preprocess = None,
+    epochs: Epochs = None,
+    labels: Labels = False,
+    blocks: Blocks = "auto",
+    augment: Augment = "light",
+    optimizer: Optimizer = "adamw",
+    learning_rate: Rate = None,
+    device: Device = "cpu",
     time_limit: TimeLimit = None,
     resume: Resume = None,
     seed: Seed = None,
@@ -43,28 +67,45 @@ def tune(
     """Train a compressed model to give what its original gives; needs PyTorch.
 
     A part of the samples is held out, and OUT is never worse on it than MODEL.  Only values
-    of weights change: structure, names, shared weights and zeros of pruned weights stay.
+    of weights change: structure, names, shared weights, zeros of pruned weights and codebooks
+    stay.  `torchrun --nproc-per-node N -m onnxcomp tune ...` trains in N processes.
     """
-    with ProgressView(stderr(), quiet=quiet, time_limit_s=time_limit) as progress:
-        student = open_model(model, data)
+    tuning = Tuning(
+        epochs=epochs,
+        labels=labels,
+        blocks=blocks,
+        augment=augment,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        device=device,
+        seed=seed or 0,
+        threads=threads or 1,
+    )
+    first = leads()
+    shown = ProgressView(stderr(), quiet=quiet or not first, time_limit_s=time_limit)
+    with shown as progress:
+        student = open_model(model, data, preprocess=preprocess)
         check_signatures(student.model, load(teacher))  # says more than that samples misfit
-        original = open_model(teacher, data)
-        inputs = inputs_of((*student.model.files, *original.model.files), data)
+        original = open_model(teacher, data, preprocess=preprocess)
+        files = (*student.model.files, *original.model.files)
+        inputs = inputs_of(files, data, preprocess)
         check_outputs({"-o": out}, inputs)
+        models = (student.model, original.model)
         result = tune_model(
-            student.model,
-            original.model,
+            *models,
             student.samples,
-            epochs=epochs,
-            labels=labels,
-            device=device,
-            seed=seed or 0,
-            threads=threads or 1,
+            tuning,
             time_limit=time_limit,
             resume=resume,
             progress=progress.update,
         )
-    warn((*student.warnings, *original.warnings))
+    if first:
+        warn((*student.warnings, *original.warnings))
+        _deliver(result, out, inputs)
+
+
+def _deliver(result: TuneResult, out: Path, inputs: Iterable[Path]) -> None:
+    """Write and print what tuning gave, and tell by the exit code how it ended."""
     proto = result.model.to_proto(external=True)
     write_model(proto, out, inputs=inputs, external=result.model.weights)
     emit(None, {}, _view(result))
@@ -80,9 +121,9 @@ def _view(result: TuneResult) -> Group:
     if result.before is None or result.after is None:
         return Group("not trained")
     table = Table(box=None, pad_edge=False)
-    for heading in ("epoch", "loss", "hold-out loss", "learning rate"):
+    for heading in ("phase", "epoch", "loss", "hold-out loss", "learning rate"):
         table.add_column(heading, justify="right")
     for epoch in result.history:
         losses = (f"{value:.4g}" for value in (epoch.fit_loss, epoch.holdout_loss))
-        table.add_row(str(epoch.number), *losses, f"{epoch.learning_rate:.2g}")
+        table.add_row(epoch.phase, str(epoch.number), *losses, f"{epoch.learning_rate:.2g}")
     return Group(table, f"hold-out loss: {result.before:.4g} -> {result.after:.4g}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
@@ -11,7 +11,10 @@ from onnxcomp.model import Array, Model
 
 if TYPE_CHECKING:
     from onnxcomp.analysis import Analysis
+    from onnxcomp.analysis.linear import Linear
+    from onnxcomp.analysis.target import Convolution
     from onnxcomp.draft import Draft
+    from onnxcomp.numerics.factorization import PatchMetric
 
 Arrays = Mapping[str, Array]
 
@@ -81,6 +84,37 @@ class Pass(Protocol):
 
         It decides nothing; `facts` are those that the options were proposed from.
         """
+        ...
+
+
+class NodePass(Pass, Protocol):
+    """A pass each of whose options turns one linear node into others equal to a dense kernel.
+
+    The search can then judge an option as that kernel in the node's place.
+    """
+
+    def chain(
+        self, option: Option, linear: Linear, out_channels: int, in_channels: int
+    ) -> list[Convolution]:
+        """Return the convolutions that an option makes of a node at given widths."""
+        ...
+
+    def possible(
+        self, option: Option, linear: Linear, out_channels: int, in_channels: int
+    ) -> bool:
+        """Whether an option is possible at given widths."""
+        ...
+
+    def errors(
+        self, options: Sequence[Option], kernel: Array, metric: PatchMetric | None, /
+    ) -> Mapping[Option, float]:
+        """Return the squared error of the node's output under each option, or a bound."""
+        ...
+
+    def fit(
+        self, option: Option, kernel: Array, metric: PatchMetric | None, /
+    ) -> tuple[Arrays, Array]:
+        """Solve one option's kernels; return them and the dense kernel that equals them."""
         ...
 
 

@@ -10,7 +10,7 @@ The factors come from `numerics.svd`, from the weights alone or in the metric of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -106,6 +106,29 @@ class Factorize:
                 f"none of {saving} smaller forms is predicted faster on {self.target.name}",
             )
         return [], f"no rank on the grid makes {shape[0]}x{shape[1]} channels smaller"
+
+    def chain(
+        self, option: Option, linear: Linear, out_channels: int, in_channels: int
+    ) -> list[Convolution]:
+        """Return the shapes of the chain that replaces a node at given widths."""
+        return chain(linear, option.form, option.size[0], out_channels, in_channels)
+
+    def possible(
+        self, option: Option, linear: Linear, out_channels: int, in_channels: int
+    ) -> bool:
+        """Whether an option's rank is possible at given widths."""
+        shape = kernel_shape4(linear, out_channels, in_channels)
+        return option.size[0] < FORMS[option.form].max_rank(shape)
+
+    def errors(
+        self, options: Sequence[Option], kernel: Array, metric: PatchMetric | None, /
+    ) -> dict[Option, float]:
+        """Return the squared error of the node's output under each option, or a bound."""
+        found: dict[Option, float] = {}
+        for form in dict.fromkeys(option.form for option in options):
+            curve = FORMS[form].errors(to_plane(kernel), metric)
+            found |= {o: float(curve[o.size[0]]) for o in options if o.form == form}
+        return found
 
     def fit(
         self, option: Option, kernel: Array, metric: PatchMetric | None, /

@@ -10,6 +10,7 @@ from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.cost import Cost, node_costs, total_cost
 from onnxcomp.model import Model, Node, Value
 from onnxcomp.passes import PASSES
+from onnxcomp.passes.base import Need
 from onnxcomp.report import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def inspect_model(
         blocks=() if facts is None else facts.blocks,
         repetitions=() if facts is None else facts.repetitions,
         groups=() if facts is None else _groups(facts),
-        passes=() if facts is None else tuple(_pass_view(name, facts) for name in PASSES),
+        passes=() if facts is None else _passes(facts),
         notes=tuple(notes),
     )
 
@@ -230,10 +231,11 @@ def _groups(facts: Analysis) -> tuple[GroupView, ...]:
     )
 
 
-def _pass_view(name: str, facts: Analysis) -> PassView:
-    kind = PASSES[name]
-    proposal = kind().propose(facts)
-    return PassView(name, kind.exact, len(proposal.options), proposal.refusals)
+def _passes(facts: Analysis) -> tuple[PassView, ...]:
+    """Return what passes propose, but for those that compute gradients for it."""
+    kinds = [kind for kind in PASSES.values() if Need.TORCH not in kind.needs]
+    found = [(kind, kind().propose(facts)) for kind in kinds]
+    return tuple(PassView(k.name, k.exact, len(p.options), p.refusals) for k, p in found)
 
 
 @dataclass(frozen=True)

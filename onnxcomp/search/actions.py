@@ -5,6 +5,7 @@ from __future__ import annotations
 from onnxcomp.passes.base import Option
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.passes.remove_channels import RemoveChannels
+from onnxcomp.passes.substitute_operators import SubstituteOperators
 from onnxcomp.report import Action
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.space import Plan, Space
@@ -33,7 +34,7 @@ def describe(
         actions.append(Action(RemoveChannels.name, name, what, loss, macs))
     for node, option in plan.forms.items():
         changed.add(node)
-        what = f"{option.form} of rank {' + '.join(str(size) for size in option.size)}"
+        what = _words(option)
         if option.method == FactorizeJointly.name:
             lost = losses.joint.losses[node, option]
             group = space.joint_groups[option.target]
@@ -47,6 +48,14 @@ def describe(
         macs = linears[node].convolution.macs
         actions.append(Action(option.method, node, what, lost, macs))
     return tuple(actions), sum(linears[node].convolution.macs for node in changed)
+
+
+def _words(option: Option) -> str:
+    """Return the form of a node in words."""
+    sizes = " + ".join(str(size) for size in option.size)
+    if option.method == SubstituteOperators.name:
+        return f"{option.form} {sizes}".rstrip().replace("_", " ")
+    return f"{option.form} of rank {sizes}"
 
 
 def _microseconds(space: Space, plan: Plan, node: str, option: Option | None) -> float:

@@ -25,11 +25,11 @@ from onnxcomp.model import Array, Model, Value, extract
 from onnxcomp.numerics.interpolation import interpolated
 from onnxcomp.numerics.moments import Moments
 from onnxcomp.numerics.selection import Elimination, Reader, eliminate
-from onnxcomp.numerics.svd import FORMS
+from onnxcomp.passes import NODE_PASSES
 from onnxcomp.passes.base import Option, Refusal
-from onnxcomp.passes.chains import kernel_shape4
-from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.substitute_operators import BYPASS
 from onnxcomp.runtime import Session
+from onnxcomp.search.bypass import BypassMeter
 from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.outputs import OutputMeter, raw_outputs
 from onnxcomp.search.refits import (
@@ -57,7 +57,7 @@ class Losses:
     """Measured losses.
 
     Attributes:
-        forms: Loss of every factorisation worth considering.
+        forms: Loss of every form of a node worth considering.
         widths: Loss of every width worth considering, by group.
         orders: Order in which each group's channels go.
         refusals: Why a node or group has no option left.
@@ -71,7 +71,7 @@ class Losses:
     joint: JointLosses = field(default_factory=JointLosses)
 
     def of(self, plan: Plan) -> dict[str | Option, float]:
-        """Return the losses of a plan's own options, by group or by factorisation."""
+        """Return the losses of a plan's own options, by group or by form."""
         measured = [(n, w, self.widths.get(n, {})) for n, w in plan.widths.items()]
         found: dict[str | Option, float] = {n: lost[w] for n, w, lost in measured if w in lost}
         return found | {o: self.forms[o] for o in plan.forms.values() if o in self.forms}
@@ -245,8 +245,9 @@ class LossMeter:
             return False
         if entry["refusal"]:
             self._refusals[name] = entry["refusal"]
+        options = {(o.form, o.size): o for o in self._space.forms.get(name, ())}
         for form, size, lost in entry.get("forms", ()):
-            self._forms[Option(Factorize.name, name, form, tuple(size))] = lost
+            self._forms[options[form, tuple(size)]] = lost
         if "order" in entry:
             self._orders[name] = Elimination(entry["order"], entry["errors"])
             self._widths[name] = dict(entry["widths"])
@@ -281,24 +282,26 @@ class LossMeter:
         return collect_moments(linear, twins.inputs(linear), twins.targets(linear), rng)
 
     def _measure_forms(self, twins: Twins, linear: Linear, metric: SecondMoments) -> None:
-        """Measure some of a node's factorisations and interpolate the rest."""
+        """Measure some of a node's forms and interpolate the rest."""
         kernel = linear.kernel(self._model.weights[linear.weight])
-        shape = kernel_shape4(linear, *kernel.shape[:2])
-        flat = kernel.reshape(shape)
         options = [
             option
             for option in self._space.forms[linear.id]
-            if isinstance(metric, Moments) or option.form == "output_basis"
+            if (isinstance(metric, Moments) or option.form == "output_basis")
+            and option.form != BYPASS
         ]
+        bypassed = self._bypass(twins, linear) if self._data_aware else {}
+        self._forms |= bypassed
         errors: dict[Option, float] = {}
-        for form in dict.fromkeys(option.form for option in options):
-            curve = FORMS[form].errors(flat, metric)
-            errors |= {o: float(curve[o.size[0]]) for o in options if o.form == form}
+        for method, pass_ in NODE_PASSES.items():
+            mine = [option for option in options if option.method == method]
+            errors |= pass_.errors(mine, kernel, metric)
         matrix = kernel.reshape(len(kernel), -1)
         bound = _HOPELESS * float(np.vdot(matrix, metric.times(matrix)))
         kept = self._efficient(linear, {o: e for o, e in errors.items() if e <= bound})
         if not kept:
-            self._refusals[linear.id] = "every smaller form loses half of its output"
+            if not bypassed:
+                self._refusals[linear.id] = "every smaller form loses half of its output"
             return
         session = twins.current.tail([linear.weight, linear.bias], self._outputs)
         full = metric.solve(matrix).reshape(kernel.shape)
@@ -310,13 +313,17 @@ class LossMeter:
         without = error(full) if self._data_aware else 0.0
 
         def loss(option: Option) -> float:
-            _, dense = Factorize().fit(option, full, metric)
+            _, dense = NODE_PASSES[option.method].fit(option, full, metric)
             return error(dense) - without
 
         found = interpolated({o: errors[o] for o in kept}, loss, count=_MEASURED)
         self._forms |= found
-        if not found:
+        if not found and not bypassed:
             self._refusals[linear.id] = "with every smaller form the outputs overflow"
+
+    def _bypass(self, twins: Twins, linear: Linear) -> dict[Option, float]:
+        meter = BypassMeter(self._error, self._outputs, self._measured, self._seed)
+        return meter.losses(self._space, twins, linear)
 
     def _efficient(self, linear: Linear, errors: Mapping[Option, float]) -> list[Option]:
         """Return the options that no other beats in error, MACs and parameters at once."""

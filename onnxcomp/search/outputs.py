@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from onnxcomp.runtime import Session, TensorFact
 
 _SHAPE_OPS = ("Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 _SQUASHING_OPS = ("Softmax", "LogSoftmax", "Sigmoid")
+_FEWEST_CLASSES = 2
 _VARYING_OPS = ("NonMaxSuppression", "NonZero", "Compress", "Unique")
 
 
@@ -41,6 +43,18 @@ def raw_outputs(model: Model, tensors: Mapping[str, TensorFact]) -> tuple[str, .
     if not found:
         raise UnsupportedModelError("no output depends on computed floats; nothing to measure")
     return tuple(found)
+
+
+def class_scores(model: Model, tensors: Mapping[str, TensorFact]) -> str | None:
+    """Return the first raw output of shape (N, K), K >= 2, or with axes of length 1 as well.
+
+    These mostly are scores of K classes.  None where there is no such output.
+    """
+    for name in raw_outputs(model, tensors):
+        shape = tensors[name].shape[1:]
+        if shape and max(shape) == math.prod(shape) >= _FEWEST_CLASSES:
+            return name
+    return None
 
 
 def _varying(model: Model) -> set[str]:

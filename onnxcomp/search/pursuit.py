@@ -27,6 +27,7 @@ _STEP = 8.0  # largest factor between the loss bounds of two candidates
 _STEADY = 0.1  # of the logarithm of the loss; less says nothing of how the strain grows
 _WEIGHTY = 0.8  # share of the predicted loss in the options that are measured again
 _SPREAD = 0.25  # of the logarithm of losses, where further plans are tried
+_SHARED = (1.0, 0.8, 0.65, 0.5)  # of all parameters, in plans whose weights are then rounded
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,14 @@ class Pursuit:
     def run(self) -> Outcome:
         """Look for the best candidate until it is found or the deadline passes."""
         plain = self._search.nothing
-        if not self._limits.judged and self._holds(plain):
+        asked = self._search.shares and self._limits.size is None  # for codebooks
+        if not asked and not self._limits.judged and self._holds(plain):
             self._take(plain, met=True)
             return self.best
         try:
-            if self._limits.judged:
+            if self._search.shares:
+                self._share_weights()
+            elif self._limits.judged:
                 self._bisect()
             else:
                 self._approach()
@@ -157,6 +161,32 @@ class Pursuit:
                 predicted = self._search.space.file_bytes(plan.cost, plan.forms)
                 limits = smaller(self._limits, size - predicted)
             elif met and not self._leaves_time(candidate):
+                break
+
+    def _share_weights(self) -> None:
+        """Let the weights of ever smaller plans take few values, while that loses less."""
+        limits, whole = replace(self._limits, size=None), self._search.nothing.plan.cost.params
+        costs = limits.without_judgement
+        for part in _SHARED if self._limits.size is not None else _SHARED[:1]:
+            candidate = self._search.nothing
+            if part < 1 or costs != Limits():
+                if not self._search.space.widths and not self._search.space.forms:
+                    break
+                losses, bound = self._search.losses, min(part * whole, costs.params or np.inf)
+                plan, _ = self._search.choose(
+                    losses, replace(costs, params=bound), seconds=self._predicted()
+                )
+                candidate = self._search.solve(plan, losses)
+            lost = self._search.change(candidate.model)
+            if self.best.met and lost >= self.best.candidate.error:
+                break  # rounding adds to it
+            candidate = self._search.share(candidate, self._limits.size)
+            met = self._holds(candidate) and (
+                not limits.judged
+                or self._judge.look(candidate.model, candidate.error).within(limits)
+            )
+            self._offer(candidate, met=met)
+            if self.best.candidate is not candidate:
                 break
 
     def _offer(self, candidate: Candidate, *, met: bool) -> None:

@@ -19,16 +19,17 @@ from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.evaluate import predict
 from onnxcomp.metrics import Metric, load_metric
 from onnxcomp.model import Model
-from onnxcomp.report import Figures, Report
+from onnxcomp.report import Action, Figures, Report
 from onnxcomp.samples import Samples
 from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.judge import Judge
 from onnxcomp.search.pursuit import Outcome, Pursuit
 from onnxcomp.search.search import Point, Search
 from onnxcomp.search.settings import Limits, Settings
-from onnxcomp.search.setup import assign_samples, make_search
+from onnxcomp.search.setup import Roles, assign_samples, invert_samples, make_search
 from onnxcomp.search.space import Plan
 from onnxcomp.search.store import Store
+from onnxcomp.search.tuning import SEARCH_SHARE, check_tuning, tuned
 from onnxcomp.search.working import finish, prepare
 from onnxcomp.validation import Ladder, validate
 
@@ -81,7 +82,8 @@ def compress(
 
     Args:
         model: The vendor's model; it is not changed.
-        data: Unlabelled inputs (labels are used by `metric` only); random ones if None.
+        data: Unlabelled inputs (labels are used by `metric` only); if None, images inverted
+            from what BatchNormalization recorded stand for them, or noise.
         limits: What the result may cost; overrides `settings.limits`.
         settings: Everything else.
         metric: Task metric to report, and to limit the drop of; drift is always reported.
@@ -128,13 +130,16 @@ class _Run:
             )
         end = settings.time_limit
         self._final_seconds = min(_LATENCY_SECONDS, _FINAL_SHARE * (end or math.inf))
-        self._deadline = Deadline(None if end is None else end - self._final_seconds)
+        self._end = Deadline(None if end is None else end - self._final_seconds)
+        self._deadline = self._end.share(SEARCH_SHARE) if settings.tune else self._end
         self._original = model
         self._settings = settings
         self._progress = progress
         self._notes: list[str] = []
         self._seconds: dict[str, float] = {}
         self._samples = assign_samples(model, data, settings.seed, self._notes)
+        if settings.tune:
+            check_tuning(self._samples.given)
         if metric is None and settings.limits.drop is not None:
             metric = load_metric("agreement" if self._samples.labels is None else "top1")
         self._metric = metric
@@ -148,6 +153,9 @@ class _Run:
         self._base = Analysis(self._original, self._samples.fit, seed=settings.seed)
         prepared, self._refusals = self._timed("prepare", partial(prepare, self._original))
         self._plain = finish(prepared)
+        idle = settings.limits == Limits() and not settings.shares
+        if self._samples.given is None and not idle:
+            self._samples = self._timed("invert", partial(self._inverted, prepared, store))
         make = partial(
             make_search,
             self._original,
@@ -166,18 +174,34 @@ class _Run:
         limits = settings.limits.absolute(cost.macs, cost.params, self._original.file_bytes)
         if limits.judged and not self._samples.given:
             limits = limits.judged_at(_BLIND)
-            self._notes.append("limits on drop and drift were halved, as noise judges them")
-        if settings.limits == Limits():
+            self._notes.append("limits on drop and drift were halved: no real samples judge")
+        if idle:
             return self._judge(Outcome(nothing, met=True))
         if dry_run:
             return self._preview(limits)
         pursuit = self._pursuit(limits, keep)
         try:
-            return self._judge(pursuit.run())
+            pursuit.run()
+            if settings.tune:
+                self._tune(pursuit, limits, keep, resume)
+            return self._judge(pursuit.best)
         except KeyboardInterrupt:
             self._notes.append("interrupted; this is the best so far")
             self._settings = replace(settings, latency=False)
             return replace(self._judge(pursuit.best), interrupted=True)
+
+    def _inverted(self, prepared: Model, store: Store) -> Roles:
+        """Return what stands for samples, none being given."""
+        return invert_samples(
+            self._original,
+            prepared,
+            self._samples,
+            self._settings,
+            progress=self._progress,
+            store=store,
+            deadline=self._deadline,
+            notes=self._notes,
+        )
 
     def _check_metric(self) -> None:
         """Raise what a metric that does not fit would raise, before work is done for it."""
@@ -188,20 +212,49 @@ class _Run:
 
     def _pursuit(self, limits: Limits, keep: Keep) -> Pursuit:
         settings = self._settings
-        judge = Judge(
-            self._original, self._samples.holdout, self._metric, threads=settings.threads
-        )
         return Pursuit(
             self._search,
             limits,
             self._latency_share(limits.latency),
-            judge=judge,
+            judge=self._holdout_judge(),
             clock=self._relative_time,
             keep=keep,
-            box=settings.time_limit is not None and settings.data_aware,
+            box=settings.time_limit is not None
+            and settings.data_aware
+            and self._search.varied,
             seed=settings.seed,
             notes=self._notes,
         )
+
+    def _holdout_judge(self) -> Judge:
+        samples, threads = self._samples.holdout, self._settings.threads
+        return Judge(self._original, samples, self._metric, threads=threads)
+
+    def _tune(self, pursuit: Pursuit, limits: Limits, keep: Keep, resume: Path | None) -> None:
+        """Let the best candidate learn from the original; the result is the best then."""
+        given, search = self._samples.given, self._search
+        if given is None or pursuit.best.candidate is search.nothing:
+            return
+        learn = partial(
+            tuned,
+            pursuit.best,
+            self._original,
+            given,
+            self._settings,
+            limits,
+            fits=lambda model: search.within(model, limits),
+            judge=self._holdout_judge(),
+            deadline=self._end,
+            resume=resume,
+            progress=self._progress,
+            notes=self._notes,
+        )
+        found, interrupted = self._timed("tune", learn)
+        if found is not pursuit.best:
+            pursuit.best = found
+            keep(found.candidate.model)
+        if interrupted:
+            raise KeyboardInterrupt
 
     def _latency_share(self, limit: float | None) -> float | None:
         """Return a limit on the latency as a share of the original's."""
@@ -226,6 +279,9 @@ class _Run:
         """Return a result that was not made: the plan with its predicted figures."""
         plan, met = self._planned(limits)
         size = self._search.space.file_bytes(plan.cost, plan.forms)
+        if self._search.shares and limits.size is not None:
+            size = min(size, int(limits.size))
+            self._notes.append("weights will be rounded until the file is within its limit")
         figures = Figures(plan.cost.params, plan.cost.macs, size, None)
         report = self._report(plan, self._validate(self._plain), None, figures, met)
         return Result(self._plain, plan, report, met, self._search)
@@ -233,6 +289,8 @@ class _Run:
     def _planned(self, limits: Limits) -> tuple[Plan, bool]:
         """Return the plan to begin with, and whether it is predicted to be within."""
         search, nothing = self._search, self._search.nothing
+        if search.shares:
+            limits = replace(limits, size=None)
         if limits.judged:
             pursuit = self._pursuit(limits, lambda _: None)
             plan = search.fastest(search.losses, pursuit.first_bound, limits)
@@ -249,7 +307,7 @@ class _Run:
     def _judge(self, outcome: Outcome) -> Result:
         """Validate, measure, and fall back where the candidate does not pay."""
         plan, candidate = outcome.candidate.plan, outcome.candidate.model
-        met = outcome.met
+        met, stored = outcome.met, outcome.candidate.stored
         ladder = self._timed("validate", partial(self._validate, candidate))
         benchmark = self._timed("latency", partial(self._latency, candidate))
         reason = self._regret(candidate, ladder, benchmark)
@@ -258,10 +316,11 @@ class _Run:
             plan, candidate = self._search.nothing.plan, self._plain
             if candidate.file_bytes > self._original.file_bytes:
                 candidate = self._original
-            met = self._settings.limits.without_judgement == Limits()
+            met, stored = self._settings.limits.without_judgement == Limits(), ()
             ladder, benchmark = self._validate(candidate), self._latency(candidate)
         figures = Figures.of(Analysis(candidate, self._samples.fit), benchmark, 1)
-        report = self._report(plan, ladder, benchmark, figures, met)
+        figures = replace(figures, file_bytes=self._search.size(candidate))
+        report = self._report(plan, ladder, benchmark, figures, met, stored)
         return Result(candidate, plan, report, met, self._search)
 
     def _report(
@@ -271,12 +330,13 @@ class _Run:
         benchmark: Benchmark | None,
         figures: Figures,
         met: bool,
+        stored: tuple[Action, ...] = (),
     ) -> Report:
         actions, changed = self._search.describe(plan)
         return Report(
             original=Figures.of(self._base, benchmark, 0),
             result=figures,
-            actions=actions,
+            actions=(*actions, *stored),
             refusals=(*self._search.refusals, *self._refusals),
             ladder=ladder,
             benchmark=benchmark,
@@ -291,10 +351,10 @@ class _Run:
         return validate(
             self._original,
             candidate,
-            self._samples.holdout if self._samples.given else None,
+            None if self._samples.holdout.origin == "random" else self._samples.holdout,
             metric=self._metric,
             threads=self._settings.threads,
-            allow_larger=self._settings.force,
+            allow_larger=self._settings.force or self._settings.emit != "onnx",
             seed=self._settings.seed,
         )
 
@@ -310,7 +370,7 @@ class _Run:
             return f"the result failed validation at '{failed.name}' ({failed.detail})"
         if self._settings.force:
             return ""
-        if candidate.file_bytes > self._original.file_bytes:
+        if self._search.size(candidate) > self._original.file_bytes:
             return "the result is larger than the input"
         if benchmark is None or not is_slower(benchmark, 1):
             return ""

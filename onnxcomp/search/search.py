@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from onnxcomp.search.outputs import OutputMeter
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.sharing import JointLosses, Sharing
 from onnxcomp.search.space import Plan, Space
+from onnxcomp.search.storage import Storage, output_change, written_bytes
 from onnxcomp.search.store import Store
 from onnxcomp.search.walk import Walk
 from onnxcomp.search.working import finish
@@ -45,12 +46,14 @@ class Candidate:
         model: The model that it made; the prepared original for an empty plan.
         weights: Dense weights of the working model that compute the same.
         error: Squared change of the raw outputs relative to their variance, on the hold-out.
+        stored: What was done to weights for the form of the written file.
     """
 
     plan: Plan
     model: Model
     weights: Mapping[str, Array]
     error: float
+    stored: tuple[Action, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,12 @@ class Search:
         store: Where measurements and candidates are kept.
         deadline: When to stop.
         adapted: Where the working model was adapted to BatchNorm statistics, how to undo it.
+
+    Attributes:
+        varied: Whether further plans can be made by measuring losses again or shaking them.
     """
+
+    varied: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -114,6 +122,7 @@ class Search:
         self._settings = settings
         self._progress = progress
         self._adapted = adapted
+        self._sizes: dict[str, int] = {}
         self._losses: Losses | None = None
 
     @property
@@ -149,7 +158,7 @@ class Search:
 
         Their options are then measured with all others of the candidate in place.
         """
-        store = self.store.scoped("again", _key(candidate.plan, self.losses))
+        store = self.store.scoped("again", self._key(candidate.plan, self.losses))
         meter = self._meter(store, self.deadline.share(_TABLE_SHARE))
         work = partial(meter.run, candidate.weights, names)
         return self.losses.updated(self.timed("losses in place", work), candidate.plan)
@@ -221,27 +230,39 @@ class Search:
         """
         if plan.empty:
             return self.nothing
-        key = _key(plan, losses)
+        key = self._key(plan, losses)
         model, kept = self.store.get_model("model", key), self.store.get("walk", key)
         if model is None or kept is None:
-            walk = Walk(
-                self.space,
-                plan,
-                losses,
-                self._batches,
-                seed=self._settings.seed,
-                threads=self._settings.threads,
-                progress=self._progress_until_deadline,
-                data_aware=self._settings.data_aware,
-                adapted=self._adapted,
-            )
-            walked = self.timed("walk", walk.run)
+            walked = self.timed("walk", self._walk(plan, losses).run)
             model = finish(walked.model)
             kept = dict(walked.weights)
             self.store.put_model("model", key, model)
             self.store.put("walk", key, kept)
         error = self.timed("judge", lambda: self._judged.of(kept))
         return Candidate(plan, model, kept, error)
+
+    def _walk(self, plan: Plan, losses: Losses) -> Walk:
+        """Return what solves a plan."""
+        return Walk(
+            self.space,
+            plan,
+            losses,
+            self._batches,
+            seed=self._settings.seed,
+            threads=self._settings.threads,
+            progress=self._progress_until_deadline,
+            data_aware=self._settings.data_aware,
+            adapted=self._adapted,
+        )
+
+    def _key(self, plan: Plan, losses: Losses) -> list[Any]:
+        """Return what decides the arrays of a plan, as plain values."""
+        widths = [
+            (name, width, losses.orders[name].order.tolist())
+            for name, width in sorted(plan.widths.items())
+        ]
+        forms = [(n, o.target, o.form, list(o.size)) for n, o in sorted(plan.forms.items())]
+        return [widths, forms]
 
     def _progress_until_deadline(self, label: str, share: float) -> None:
         self.deadline.check()
@@ -255,8 +276,50 @@ class Search:
     def within(self, model: Model, limits: Limits) -> bool:
         """Whether a model's MACs, parameters and bytes are within absolute limits."""
         cost = Analysis(model, self.space.facts.samples).cost
-        row = (cost.macs, cost.params, model.file_bytes)
+        row = (cost.macs, cost.params, self.size(model))
         return all(found <= limit for found, limit in zip(row, limits.row, strict=True))
+
+    def size(self, model: Model) -> int:
+        """Return the bytes of the file that a model will be written to."""
+        if model.digest not in self._sizes:
+            self._sizes[model.digest] = written_bytes(model, self._settings.emit)
+        return self._sizes[model.digest]
+
+    @property
+    def shares(self) -> bool:
+        """Whether weights are to take few values, for the form of the written file."""
+        return self._settings.shares
+
+    def share(self, candidate: Candidate, limit: float | None) -> Candidate:
+        """Return a candidate whose weights take few values, for a limit on its file.
+
+        Raises:
+            TimeLimitReached: The deadline passed before it was done.
+        """
+        settings = self._settings
+        storage = Storage(
+            candidate.model,
+            self.space.facts.samples,
+            self._batches,
+            self._measured,
+            exclude=settings.exclude,
+            seed=settings.seed,
+            threads=settings.threads,
+            progress=self._progress_until_deadline,
+        )
+        if settings.emit == "codebook":
+            found = self.timed("share weights", storage.in_bytes)
+        else:
+            limit = np.inf if limit is None else limit
+            found = self.timed("share weights", partial(storage.within, limit))
+        return replace(
+            candidate, model=found.model, error=self.change(found.model), stored=found.actions
+        )
+
+    def change(self, model: Model) -> float:
+        """Return how far a model's raw outputs are from the original's, on the hold-out."""
+        plain = self.nothing.model
+        return output_change(plain, model, self._holdout, threads=self._settings.threads)
 
     def describe(self, plan: Plan) -> tuple[tuple[Action, ...], int]:
         """Return what a plan does, in words, and the MACs of all nodes that it changes."""
@@ -300,13 +363,3 @@ class Search:
 def smaller(limits: Limits, excess: float) -> Limits:
     """Return limits whose bound on the file's size is lower by a little more than `excess`."""
     return replace(limits, size=max((limits.size or 0.0) - 1.05 * excess, 1.0))
-
-
-def _key(plan: Plan, losses: Losses) -> list[Any]:
-    """Return what decides the arrays of a plan, as plain values."""
-    widths = [
-        (name, width, losses.orders[name].order.tolist())
-        for name, width in sorted(plan.widths.items())
-    ]
-    forms = [(n, o.target, o.form, list(o.size)) for n, o in sorted(plan.forms.items())]
-    return [widths, forms]

@@ -12,11 +12,15 @@ import numpy.typing as npt
 from onnxcomp.analysis.target import find_target
 from onnxcomp.errors import ParameterError
 from onnxcomp.passes import PASSES
+from onnxcomp.passes.compress_collaboratively import CompressCollaboratively
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.passes.remove_channels import RemoveChannels
+from onnxcomp.passes.share_weights import ShareWeights
+from onnxcomp.passes.substitute_operators import SubstituteOperators
 
 Row = npt.NDArray[np.float64]
+EMITTED = ("onnx", "codebook", "onnxc")
 
 
 @dataclass(frozen=True)
@@ -101,12 +105,23 @@ class Settings:
         solver_seconds: Time limit of the knapsack.
         time_limit: Seconds after which the best so far is returned; until then further
             plans are tried.  None ends the search when it has done what it does by itself.
+        tune: Let the result learn from the original, in half of the time limit or five
+            minutes; needs samples and torch.
+        emit: Form of the written file: "onnx", "onnxc" (packed; a limit on the size counts
+            that file, and weights take few values for it) or "codebook" (plain ONNX with
+            indices of one byte for weights).
         latency: Whether to measure latency.
         force: Keep a result that is larger or slower than the input.
     """
 
     limits: Limits = field(default_factory=Limits)
-    methods: tuple[str, ...] = (RemoveChannels.name, Factorize.name, FactorizeJointly.name)
+    methods: tuple[str, ...] = (
+        RemoveChannels.name,
+        Factorize.name,
+        FactorizeJointly.name,
+        SubstituteOperators.name,
+        ShareWeights.name,
+    )
     target: str = "x86-avx512"
     grid: str = "auto"
     exclude: str | None = None
@@ -117,6 +132,8 @@ class Settings:
     memory: float = 1e9
     solver_seconds: float = 20.0
     time_limit: float | None = None
+    tune: bool = False
+    emit: str = "onnx"
     latency: bool = True
     force: bool = False
 
@@ -125,10 +142,14 @@ class Settings:
         for method in self.methods:
             if method not in lossy:
                 raise ParameterError.choice("Settings", "methods", lossy, method)
+        if CompressCollaboratively.name in self.methods:
+            self._check_collaboration()
         if self.grid not in ("auto", "off") and not (
             self.grid.isdigit() and int(self.grid) > 0
         ):
             raise ParameterError.of("Settings", "grid", "auto, off or a number", self.grid)
+        if self.emit not in EMITTED:
+            raise ParameterError.choice("Settings", "emit", EMITTED, self.emit)
         if not self.patience >= 1:
             raise ParameterError.of("Settings", "patience", "at least 1", self.patience)
         if self.threads < 1:
@@ -142,6 +163,23 @@ class Settings:
             raise ParameterError.of(
                 "Settings", "exclude", f"a regular expression ({error})", self.exclude
             ) from error
+
+    @property
+    def shares(self) -> bool:
+        """Whether weights take few values, for the form of the written file."""
+        packed = self.emit == "onnxc" and self.limits.size is not None
+        return ShareWeights.name in self.methods and (packed or self.emit == "codebook")
+
+    def _check_collaboration(self) -> None:
+        """Check what a method that plans the whole network by itself leaves open."""
+        name = CompressCollaboratively.name
+        if len(self.methods) > 1:
+            raise ParameterError.of("Settings", "methods", f"{name} alone", self.methods)
+        if self.limits.judged:
+            raise ParameterError(
+                f"Settings: {name} plans by costs; give a limit on MACs, parameters, size or "
+                "latency instead of drop or drift"
+            )
 
     @property
     def step(self) -> int | None:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.probe import random_inputs
 from onnxcomp.analysis.target import find_target
 from onnxcomp.augmentation import augmented
+from onnxcomp.errors import DataError, UnsupportedModelError
 from onnxcomp.evaluate import usable_batch
 from onnxcomp.model import Array, Model
 from onnxcomp.numerics.joint_svd import JOINT_FORMS
 from onnxcomp.passes.base import Pass
+from onnxcomp.passes.compress_collaboratively import CompressCollaboratively
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.passes.remove_channels import RemoveChannels
-from onnxcomp.runtime import Session
+from onnxcomp.passes.substitute_operators import BYPASS, FITTED, SubstituteOperators
+from onnxcomp.runtime import Session, capture_tensors
 from onnxcomp.samples import Samples, as_samples
 from onnxcomp.search.adaptation import Adapted, adapted, batchnorm_statistics
+from onnxcomp.search.collaboration import CollaborativeSearch
 from onnxcomp.search.deadline import Deadline, Progress
+from onnxcomp.search.outputs import class_scores
 from onnxcomp.search.search import Search
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.space import Space
@@ -54,7 +61,7 @@ class Roles:
     Attributes:
         fit: To solve arrays and to measure losses, with light copies where there are few.
         holdout: To judge candidates.
-        given: The user's samples; None where noise stands for them.
+        given: The user's samples; None where noise or inverted images stand for them.
     """
 
     fit: Samples
@@ -65,6 +72,11 @@ class Roles:
     def labels(self) -> Array | None:
         """The user's labels, if any."""
         return None if self.given is None else self.given.labels
+
+    @property
+    def inverted(self) -> bool:
+        """Whether images that were inverted stand for the user's samples."""
+        return self.holdout.origin == "inverted"
 
 
 def assign_samples(
@@ -83,14 +95,7 @@ def assign_samples(
     """
     inputs = model.signature.inputs
     given = None if data is None else as_samples(data, inputs)
-    if given is None:
-        samples = random_inputs(model, _RANDOM_SAMPLES, seed=seed)
-        notes.append(
-            "no samples given: fitted and judged on noise only; expect to lose more than is "
-            "shown, and give a few dozen real inputs with --data if there are any"
-        )
-    else:
-        samples = given
+    samples = random_inputs(model, _RANDOM_SAMPLES, seed=seed) if given is None else given
     if samples.count == 1:
         notes.append("one sample only: fitted and judged on the same input")
         return Roles(samples, samples, given)
@@ -98,6 +103,80 @@ def assign_samples(
     if given is not None:
         fit = _enlarged(model, fit, seed, notes)
     return Roles(fit, holdout, given)
+
+
+def invert_samples(
+    original: Model,
+    prepared: Model,
+    noise: Roles,
+    settings: Settings,
+    *,
+    progress: Progress,
+    store: Store,
+    deadline: Deadline,
+    notes: list[str],
+) -> Roles:
+    """Let images made from what BatchNormalization recorded take the place of noise.
+
+    They need torch, and a model that says enough of real images; see `bridge.inversion`.
+
+    Args:
+        original: The vendor's model.
+        prepared: The same after the exact passes that keep BatchNorm.
+        noise: Samples of a run to which none were given; they stay where nothing is better.
+        settings: Seed, threads, memory.
+        progress: Called with a label and the share done.
+        store: Where images are kept: what is measured on some must not go on with others.
+        deadline: When to stop; a third of what is left is used.
+        notes: Receives what stands for real samples, and why.
+    """
+    store = store.scoped(identity_of(original, None, "inverted", settings.seed))
+    arrays, reason = store.get("images", ()), ""
+    if arrays is None:
+        try:
+            images = _inverted(prepared, noise.fit, settings, progress, deadline.share(1 / 3))
+            arrays = dict(images.arrays)
+            store.put("images", (), arrays)
+        except UnsupportedModelError as error:
+            reason = str(error)
+    if arrays is None:
+        notes.append(
+            f"no samples given: fitted and judged on noise only, as {reason}; expect to lose "
+            "more than is shown, and give a few dozen real inputs with --data if there are any"
+        )
+        return noise
+    samples = Samples(arrays, origin="inverted")
+    notes.append(
+        f"no samples given: fitted and judged on {samples.count} images inverted from what "
+        "BatchNormalization recorded; expect to lose more than is shown, and give a few dozen "
+        "real inputs with --data if there are any"
+    )
+    fit, holdout = samples.split(settings.seed)
+    return Roles(_enlarged(original, fit, settings.seed, notes), holdout, None)
+
+
+def _inverted(
+    prepared: Model, noise: Samples, settings: Settings, progress: Progress, deadline: Deadline
+) -> Samples:
+    """Invert images, or raise why not (UnsupportedModelError)."""
+    if not settings.data_aware:
+        raise UnsupportedModelError("the weights alone are to tell what they are worth")
+    if not any(node.op == "BatchNormalization" for node in prepared.nodes):
+        raise UnsupportedModelError("it has no BatchNormalization to tell of real inputs")
+    if importlib.util.find_spec("torch") is None:
+        raise UnsupportedModelError("images are inverted with PyTorch, which is not installed")
+    from onnxcomp.bridge.inversion import inverted
+
+    feed = next(noise.batches(prepared.signature.inputs, 1)).feed
+    return inverted(
+        prepared,
+        class_scores(prepared, capture_tensors(prepared, feed)),
+        seed=settings.seed,
+        threads=settings.threads,
+        memory=settings.memory,
+        late=lambda: deadline.passed,
+        progress=lambda share: progress("invert images", share),
+    )
 
 
 def _enlarged(model: Model, samples: Samples, seed: int, notes: list[str]) -> Samples:
@@ -136,9 +215,12 @@ def make_search(
         notes: Receives what the reader of the report must know.
     """
     work = working_model(prepared, roles.fit, seed=settings.seed)
-    facts = Analysis(work, roles.fit, seed=settings.seed, threads=settings.threads)
+    known = roles.fit
+    if CompressCollaboratively.name in settings.methods:
+        known = _with_labels(roles, settings.seed)
+    facts = Analysis(work, known, seed=settings.seed, threads=settings.threads)
     adaptation = None
-    if roles.given is None and settings.data_aware:
+    if roles.given is None and not roles.inverted and settings.data_aware:
         adaptation = _adapted(prepared, facts, roles.fit, settings.threads, notes)
     if adaptation is not None:
         model = adaptation.model
@@ -146,7 +228,7 @@ def make_search(
     batches, measured = _batches(facts, roles.fit, settings.memory, notes)
     space = _space(facts, settings, adapted=adaptation is not None)
     fixed = [getattr(settings, name) for name in _DECISIVE]
-    return Search(
+    return _kind(settings)(
         space,
         batches,
         measured,
@@ -154,10 +236,36 @@ def make_search(
         plain,
         settings=settings,
         progress=progress,
-        store=store.scoped(identity_of(original, roles.given, fixed)),
+        store=store.scoped(identity_of(original, roles.given, fixed, roles.inverted)),
         deadline=deadline,
         adapted=adaptation,
     )
+
+
+def _with_labels(roles: Roles, seed: int) -> Samples:
+    """Return the samples to fit on as they were given, with their labels, for gradients.
+
+    Raises:
+        DataError: There are none.
+    """
+    if roles.given is None:
+        name = CompressCollaboratively.name
+        raise DataError(f"{name}: gradients need samples; give some with --data")
+    return roles.given.split(seed)[0] if roles.given.count > 1 else roles.given
+
+
+def _kind(settings: Settings) -> Callable[..., Search]:
+    """Return the search that the methods ask for."""
+    if CompressCollaboratively.name not in settings.methods:
+        return Search
+    limits = settings.limits
+    pass_ = CompressCollaboratively(
+        cost="macs" if limits.latency is None or limits.macs is not None else "seconds",
+        reconstruct=settings.data_aware,
+        target=find_target(settings.target),
+        step=settings.step,
+    )
+    return partial(CollaborativeSearch, pass_)
 
 
 def _adapted(
@@ -182,6 +290,9 @@ def _space(facts: Analysis, settings: Settings, *, adapted: bool) -> Space:
         for kind in (RemoveChannels, Factorize)
         if kind.name in settings.methods
     ]
+    if SubstituteOperators.name in settings.methods:
+        operators = FITTED if adapted else (*FITTED, BYPASS)  # which needs unchanged scales
+        passes.append(SubstituteOperators(operators, target, step))
     small = limits.size is not None or limits.params is not None
     if FactorizeJointly.name in settings.methods and small:
         forms = [n for n in _SHARED if not adapted or JOINT_FORMS[n].shares == "first"]

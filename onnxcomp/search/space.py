@@ -19,11 +19,9 @@ from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.target import Convolution, Target
 from onnxcomp.model import Node
 from onnxcomp.numerics.joint_svd import JOINT_FORMS
-from onnxcomp.numerics.svd import FORMS
-from onnxcomp.passes import factorize, factorize_jointly
+from onnxcomp.passes import NODE_PASSES, factorize_jointly
 from onnxcomp.passes.base import Option, Proposal, Refusal
 from onnxcomp.passes.chains import kernel_shape4
-from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.passes.joint_groups import Group
 from onnxcomp.passes.remove_channels import RemoveChannels
@@ -63,11 +61,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done: a width per changed group, and an option per factorised node.
+    """What is to be done: a width per changed group, and an option per changed node.
 
     Attributes:
         widths: Width that remains of each changed group.
-        forms: Factorisation by node id, its own or that of a group that it belongs to.
+        forms: Form by node id, its own or that of a group that it belongs to.
         loss: Predicted loss, the sum of the measured ones.
         cost: Predicted cost of the whole model, exact.
         seconds: Predicted time at batch 1 of all that plans may change.
@@ -128,7 +126,7 @@ class Space:
             where = option.target
             if option.method == RemoveChannels.name:
                 self.widths[where] = (*self.widths.get(where, ()), option.size[0])
-            elif option.method == Factorize.name:
+            elif option.method in NODE_PASSES:
                 self.forms[where] = (*self.forms.get(where, ()), option)
             elif option.method == FactorizeJointly.name:
                 self.joint[where] = (*self.joint.get(where, ()), option)
@@ -250,6 +248,8 @@ class Space:
             if linear.id in forms:
                 factored[linear.weight] = sum(step.weights for step in steps)
                 factored[linear.weight] -= self._common(linear, forms[linear.id], widths)
+                if not steps:
+                    factored[linear.bias] = 0
         for node in self._products:
             macs += self._product_macs(node, widths) - self.facts.costs[node.id].macs
         params, weight_bytes = base.params, base.weight_bytes
@@ -340,10 +340,10 @@ class Space:
 def chain_of(
     linear: Linear, option: Option, out_width: int, in_width: int
 ) -> list[Convolution]:
-    """Return what a factorisation, own or joint, makes of a node at given widths."""
+    """Return what a form, its own or a joint one, makes of a node at given widths."""
     if option.method == FactorizeJointly.name:
         return factorize_jointly.chain(linear, option, out_width, in_width)
-    return factorize.chain(linear, option.form, option.size[0], out_width, in_width)
+    return NODE_PASSES[option.method].chain(option, linear, out_width, in_width)
 
 
 def common_weights(linear: Linear, option: Option, out_width: int, in_width: int) -> int:
@@ -355,11 +355,11 @@ def common_weights(linear: Linear, option: Option, out_width: int, in_width: int
 
 
 def fits(linear: Linear, option: Option, out_width: int, in_width: int) -> bool:
-    """Whether the ranks of a factorisation are possible at given widths."""
-    shape = kernel_shape4(linear, out_width, in_width)
+    """Whether a form is possible at given widths."""
     if option.method == FactorizeJointly.name:
+        shape = kernel_shape4(linear, out_width, in_width)
         return factorize_jointly.possible(option, shape)
-    return option.size[0] < FORMS[option.form].max_rank(shape)
+    return NODE_PASSES[option.method].possible(option, linear, out_width, in_width)
 
 
 def header_bytes(linear: Linear, option: Option | None) -> int:

@@ -131,9 +131,11 @@ class Tables:
     ) -> tuple[float, float, float]:
         """Return MACs, and parameters and file bytes of its own, of a node as `steps`."""
         macs, weights = sum(s.macs for s in steps), sum(s.weights for s in steps)
-        if option is not None:
+        if option is not None and steps:
             m, c = steps[-1].out_channels, steps[0].in_channels
             weights -= common_weights(linear, option, m, c)
+        elif not steps:  # the bias goes, too
+            weights -= linear.out_channels
         size = weights * linear.dtype.itemsize + header_bytes(linear, option)
         return float(macs), float(weights), float(size)
 

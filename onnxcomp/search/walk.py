@@ -4,7 +4,7 @@ Each linear node is refitted, in closed form, on the compressed network's own in
 the original network's outputs.  The last node in front of a residual Add also takes over the
 error of the other branch, and in front of a Relu a second solution leaves alone what the Relu
 cuts off.  During the walk nothing changes its shape: removed channels are zero columns of
-their readers and a factorised node is its dense product, which is the same function; the
+their readers and a node with a form is its dense product, which is the same function; the
 structure is written once, at the end.
 """
 
@@ -29,11 +29,12 @@ from onnxcomp.analysis.stream import Feeds
 from onnxcomp.errors import DataError
 from onnxcomp.model import Array, Model
 from onnxcomp.numerics.joint_svd import Joint, refit
-from onnxcomp.passes.base import Arrays, Option
+from onnxcomp.passes import NODE_PASSES
+from onnxcomp.passes.base import Arrays, Option, Pass
 from onnxcomp.passes.chains import to_plane
-from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize_jointly import FactorizeJointly, arrays_of
 from onnxcomp.passes.remove_channels import RemoveChannels
+from onnxcomp.passes.substitute_operators import BYPASS
 from onnxcomp.search.adaptation import Adapted
 from onnxcomp.search.deadline import Progress
 from onnxcomp.search.losses import Losses
@@ -55,7 +56,7 @@ class Solved:
     Attributes:
         kernel: Dense kernel of the original shape, zero where nothing is left.
         bias: Bias of the original shape, or None where the node keeps its own.
-        factors: Kernels of the chain at the widths that remain, for a factorised node.
+        factors: Kernels of the chain at the widths that remain, for a node with a form.
     """
 
     kernel: Array
@@ -191,7 +192,8 @@ class Walk:
             _log.warning("'%s' is not refitted: %s", linear.id, error)
             return self._solve(site, kernel, alone)
         solved = self._solve(site, kernel, metrics)
-        if linear.groups > 1 or not self._twins.rectified(linear):
+        bypassed = site.option is not None and site.option.form == BYPASS
+        if linear.groups > 1 or bypassed or not self._twins.rectified(linear):
             return solved
         return self._refit_rectified(site, solved, targets)
 
@@ -262,12 +264,14 @@ class Walk:
             prior = kernel[block]
             shape = prior.shape
             solved = metric.solve(prior.reshape(len(m), -1), _DAMPING).reshape(shape)
-            if option is not None and option.method == Factorize.name:
-                factors, solved = Factorize().fit(option, solved, metric)
+            if option is not None and option.method in NODE_PASSES:
+                factors, solved = NODE_PASSES[option.method].fit(option, solved, metric)
             elif option is not None:
                 factors, solved = self._fit_private(site, option, solved, metric)
             full[block] = solved
             bias[m] = metric.bias(solved.reshape(len(m), -1))
+            if option is not None and option.form == BYPASS:
+                bias[m] = 0  # is not in the file
         return Solved(full, bias, factors)
 
     def _fit_private(
@@ -325,8 +329,9 @@ class Walk:
         if not forms:
             return narrow
         draft = narrow.edit()
-        Factorize().apply(draft, self._facts, forms.get(Factorize.name, {}))
-        FactorizeJointly().apply(draft, self._facts, forms.get(FactorizeJointly.name, {}))
+        every: tuple[Pass, ...] = (*NODE_PASSES.values(), FactorizeJointly())
+        for pass_ in every:
+            pass_.apply(draft, self._facts, forms.get(pass_.name, {}))
         return draft.seal(by=", ".join(forms))
 
 

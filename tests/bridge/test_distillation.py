@@ -1,6 +1,7 @@
 """The training loop by itself: its loss, its schedule, its state, and when it ends."""
 
 import itertools
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ pytest.importorskip("torch", reason="the bridge needs PyTorch")
 import torch
 
 from onnxcomp.bridge import GraphModule, to_torch
-from onnxcomp.bridge.distillation import Distillation, State, Training, check_device
+from onnxcomp.bridge.distillation import Distillation, State
 from onnxcomp.bridge.objective import Examples, Objective, check_labels
+from onnxcomp.bridge.training import Training, check_device
 from onnxcomp.errors import (
     DataError,
     ParameterError,
@@ -42,6 +44,33 @@ def examples(model: Model, count: int, seed: int = 0) -> Examples:
     return Examples(samples, {n: a.astype(np.float32) for n, a in targets.items()})
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """Examples as lessons that never vary."""
+
+    examples: Examples
+
+    @property
+    def count(self) -> int:
+        return self.examples.samples.count
+
+    def drawn(self, index, seed) -> Samples:
+        return replace(self.examples.samples.take(index), labels=np.asarray(index))
+
+    def taught(self, samples: Samples) -> Examples:
+        return self.examples.take(samples.labels.tolist())
+
+
+def distillation(
+    module: GraphModule,
+    objective: Objective,
+    fit: Examples,
+    held: Examples,
+    settings: Training,
+) -> Distillation:
+    return Distillation(module, objective, Fixed(fit), objective, held, settings)
+
+
 def training(
     settings: Training = QUICK, model: Model | None = None
 ) -> tuple[Distillation, GraphModule]:
@@ -49,7 +78,7 @@ def training(
     module = to_torch(model)
     fit, held = examples(model, 20), examples(model, 8, seed=1)
     objective = Objective(model, module, fit, settings.batch, None)
-    return Distillation(module, objective, fit, held, settings), module
+    return distillation(module, objective, fit, held, settings), module
 
 
 def run(found: Distillation, late=lambda: False) -> list[State]:
@@ -123,7 +152,7 @@ def test_weights_of_double_precision_are_trained_as_such() -> None:
     target = 1.5 * predict(model, samples)["y"]
     given = Examples(samples, {"y": target.astype(np.float32)})
     objective = Objective(model, module, given, 2, None)
-    found = Distillation(module, objective, given, given, QUICK)
+    found = distillation(module, objective, given, given, QUICK)
     run(found)
     assert found.best_loss < found.before
     assert {weight.dtype for weight in found.best or ()} == {torch.float64}
@@ -135,7 +164,7 @@ def test_labels_that_are_no_classes_are_refused() -> None:
     check_labels(np.eye(4)[:2], 4)
     with pytest.raises(DataError, match="labels go from 0 to 4; there are 4"):
         check_labels(np.array([0, 4]), 4)
-    with pytest.raises(DataError, match="one class index per sample, or 4 scores"):
+    with pytest.raises(DataError, match="one class index per sample, or shares of 4 classes"):
         check_labels(np.zeros((2, 3)), 4)
     with pytest.raises(DataError, match="labels are float64"):
         check_labels(np.array([0.5, 1.0]), 4)
@@ -219,7 +248,7 @@ def test_it_ends_where_nothing_gets_better() -> None:
     module, given = to_torch(model), examples(model, 20)
     exact = Examples(given.samples, predict(model, given.samples))
     objective = Objective(model, module, exact, 8, None)
-    found = Distillation(module, objective, exact, exact, settings)
+    found = distillation(module, objective, exact, exact, settings)
     run(found)
     assert found.ended == "no better hold-out loss in 3 epochs"
     assert len(found.history) < 10
@@ -236,7 +265,7 @@ def test_zeros_of_kernels_stay_and_those_of_biases_do_not() -> None:
     t = g.op("Relu", g.op("Conv", "x", first, bias, pads=[1] * 4))
     model = g.model(g.op("Conv", t, last, pads=[1] * 4))
     for keep in (True, False):
-        found, module = training(Training(epochs=2, batch=8, keep_zeros=keep), model)
+        found, module = training(Training(epochs=2, batch=8, keep_structure=keep), model)
         run(found)
         weight = module.trained[first].detach().numpy()
         assert np.any(weight != pruned)

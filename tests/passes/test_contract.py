@@ -7,11 +7,15 @@ import onnx
 import pytest
 
 from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.moments import identity_moments
 from onnxcomp.model import Model
-from onnxcomp.passes import FINISH, PASSES, PREPARE
+from onnxcomp.passes import FINISH, NODE_PASSES, PASSES, PREPARE
 from onnxcomp.passes.base import Option, Pass, Refusal, run_exact
+from onnxcomp.passes.compress_collaboratively import CompressCollaboratively
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize_jointly import FactorizeJointly, arrays_of
+from onnxcomp.passes.prune_weights import PruneWeights
+from onnxcomp.passes.share_weights import ShareWeights
 from tests.analysis.channel_graphs import Graph
 from tests.graphs import SHARED, sane_feeds
 from tests.passes.exact_checks import TOLERANCE, drift
@@ -156,6 +160,10 @@ def test_exact_passes(kind, facts):
 def test_every_exact_pass_finds_something(kind):
     """Otherwise the checks above prove nothing about it."""
     found = [kind().propose(Analysis(make())).options for make in GRAPHS.values()]
+    if kind.name == "emit_codebook":
+        model = dense()
+        few = {n: np.sign(a) if a.ndim == 2 else a for n, a in model.weights.items()}
+        found = [kind().propose(Analysis(Model(model.skeleton, few))).options]
     if kind.name == "fold_constants":
         g = Graph(4)
         c = g.op("Neg", g.w(4))
@@ -193,15 +201,28 @@ def test_applying_leaves_the_source_alone(kind, facts):
     by_target = {option.target: option for option in proposal.options}
     chosen = {}
     count = 1 if kind is FactorizeJointly else 3  # its groups overlap
-    for option in list(by_target.values())[:count]:
+    together = kind is CompressCollaboratively  # its layers follow one another
+    whole = kind().solve(facts) if together and by_target else {}
+    for option in list(by_target.values())[: None if together else count]:
         arrays = {}
-        if option.method == "factorize":
+        if option.method in NODE_PASSES:
             linear = facts.linears[option.target]
             kernel = linear.kernel(facts.model.weights[linear.weight])
             kernel.setflags(write=False)
-            arrays, _ = Factorize().fit(option, kernel, None)
+            arrays, _ = NODE_PASSES[option.method].fit(option, kernel, None)
         elif option.method == "factorize_jointly":
             arrays = arrays_of(solved(facts, option), members_of(facts, option))
+        elif option.method == "compress_collaboratively":
+            arrays = whole[option]
+        elif option.method == "prune_weights":
+            linear = facts.linears[option.target]
+            kernel = linear.kernel(facts.model.weights[linear.weight])
+            moments = identity_moments(linear, kernel, np.zeros(linear.out_channels))
+            arrays, _ = PruneWeights().fit(option, kernel, moments)
+        elif option.method == "share_weights":
+            linear = facts.linears[option.target]
+            kernel = linear.kernel(facts.model.weights[linear.weight])
+            arrays = ShareWeights().fit(option, {linear.id: kernel})
         elif option.method == "remove_channels":
             group = facts.channels.group(option.target)
             arrays = {"removed": np.arange(group.size - option.size[0])}

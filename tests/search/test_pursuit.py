@@ -220,7 +220,7 @@ def test_bisection_uses_up_a_limit_whatever_the_outputs_do(power, scale):
 
     search = SimpleNamespace(
         nothing=nothing, losses=None, refusals=(), fastest=fastest, solve=solve,
-        timed=lambda _, work: work(), within=lambda *_: True,
+        timed=lambda _, work: work(), within=lambda *_: True, shares=False,
     )  # fmt: skip
     pursuit = Pursuit(
         search, limits, None, judge=SimpleNamespace(look=look), clock=lambda _: 1.0,

@@ -14,10 +14,11 @@ import pytest
 
 from onnxcomp import load
 from onnxcomp.analysis import Analysis
-from onnxcomp.errors import ParameterError
+from onnxcomp.errors import ParameterError, UnsupportedModelError
 from onnxcomp.model import Model
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples
+from onnxcomp.search import setup
 from onnxcomp.search.judge import Judge, Look
 from onnxcomp.search.losses import LossMeter
 from onnxcomp.search.run import Result, compress
@@ -206,8 +207,13 @@ def test_latency_is_limited_as_a_share_or_absolutely(monkeypatch):
 # Samples
 
 
+def refuse(*_: object) -> None:
+    raise UnsupportedModelError("images are not what is tested here")
+
+
 @pytest.mark.parametrize("make", [with_batchnorm, residual])
-def test_without_samples_the_report_says_so_first(make):
+def test_without_samples_the_report_says_so_first(make, monkeypatch):
+    monkeypatch.setattr(setup, "_inverted", refuse)
     model, settings = make(), replace(QUICK, grid="8")
     result = compress(model, limits=Limits(macs=0.7), settings=settings)
     notes = result.report.notes
