@@ -20,6 +20,7 @@ NAMES = (
     "joint_runtime",
     "latency_model",
     "memory",
+    "packed",
     "peers",
     "promise",
     "record",

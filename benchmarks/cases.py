@@ -25,7 +25,7 @@ _BATCH = 100
 
 def file_of(model: str) -> Path:
     """Return the file of a model that is given by its name or as a file."""
-    return Path(model) if model.endswith(".onnx") else model_path(model)
+    return Path(model) if model.endswith((".onnx", ".onnxc")) else model_path(model)
 
 
 def compress(
@@ -49,7 +49,7 @@ def compress(
     Args:
         model: Its name, or a file.
         data: Samples to fit on, an `.npz` file.
-        out: The file to write.
+        out: The file to write; `.onnxc` packs it.
         macs: As in `Limits`.
         size: As in `Limits`.
         max_latency: `latency` of `Limits`.
@@ -72,7 +72,10 @@ def compress(
         resume=resume,
     )
     seconds = time.monotonic() - start
-    result.model.save(out)
+    if out.endswith(".onnxc"):
+        onnxcomp.pack(result.model, out)
+    else:
+        result.model.save(out)
     seen = result.report.ladder.evaluation
     return {
         "model": model,

@@ -218,7 +218,11 @@ class _Network:
         """Return means and mean squares that were recorded elsewhere, and the entropy."""
         scores = [] if self._scores is None else [self._scores]
         wanted = dict.fromkeys([*(record.tensor for record in self._recorded), *scores])
-        values = self._module(dict(zip(names, arrays, strict=True)), tuple(wanted))
+        try:
+            values = self._module(dict(zip(names, arrays, strict=True)), tuple(wanted))
+        except (RuntimeError, IndexError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UnsupportedModelError(f"torch fails on several images: {reason}") from error
         found: list[Tensor] = []
         for record in self._recorded:
             found += _moments(values[record.tensor])

@@ -110,8 +110,7 @@ def encode(symbols: Sequence[Uint8], pieces: Sequence[Pieces], tables: Tables) -
     dealt, chosen = list[Uint8](), list[Pieces]()
     for part, piece in zip(symbols, pieces, strict=True):
         order = _order(part.size)
-        classes, numbers = classes_of(part, piece, tables.models)
-        table = np.array([model.tables for model in tables.models])[numbers, classes]
+        table = tables_of(part, piece, tables.models)
         dealt.append(part[order])
         chosen.append(Pieces(np.arange(1, part.size + 1), table[order]))
     return rans.encode(dealt, chosen, tables)
@@ -142,6 +141,13 @@ def decode(data: Sequence[bytes], pieces: Sequence[Pieces], tables: Tables) -> l
         rans.check_end(taken == words.size and bool((states == rans.LOW).all()))
         symbols.append(found)
     return symbols
+
+
+def tables_of(symbols: Uint8, pieces: Pieces, models: Sequence[ContextModel]) -> Array:
+    """Return the table of each symbol of a segment, (n,)."""
+    classes, numbers = classes_of(symbols, pieces, models)
+    tables: Array = _Models(models).choices[numbers, classes]
+    return tables
 
 
 def classes_of(

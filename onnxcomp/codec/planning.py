@@ -14,20 +14,22 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from onnxcomp.codec.coders import CODERS, CoderId, compress
+from onnxcomp.codec.coders import CODERS, CoderId, compress, segments
 from onnxcomp.codec.contexts import (
     CLASSES,
     ContextModel,
     classes_of,
     edges_of,
     geometry_of,
+    tables_of,
 )
+from onnxcomp.codec.head import pieces_of
 from onnxcomp.codec.mixing import Layout
 from onnxcomp.codec.rans import Pieces
 from onnxcomp.codec.records import Part, Record, layout_of
 from onnxcomp.codec.splits import Split, lzma_promises, splits_of
 from onnxcomp.codec.symbols import values_of
-from onnxcomp.codec.tables import SYMBOLS, Codes, Counts, cluster, cost
+from onnxcomp.codec.tables import SYMBOLS, Codes, Counts, cluster, codes_of, cost
 from onnxcomp.codec.transforms import shift_of
 from onnxcomp.errors import ParameterError
 
@@ -138,7 +140,7 @@ def plan_tensors(arrays: Sequence[Array], profile: Profile) -> Plan:
             builder.add(split, [builder.with_contexts(i, contexts[i])])
         else:
             builder.add(split, builder.plain(i, split))
-    return builder.plan
+    return builder.finish()
 
 
 def _contexts(split: Split, shape: tuple[int, ...]) -> _Contexts:
@@ -234,11 +236,29 @@ class _Builder:
         self._chosen = chosen
         self._codebooks: dict[bytes, int] = {}
         self._tables: dict[int, int] = {}
+        self._counts: list[Counts] = []
 
     def add(self, split: Split, parts: Sequence[Part]) -> None:
         """Add the next tensor."""
         codebook = 0 if split.codebook is None else self._codebook(split.codebook)
         self.plan.records.append(Record(split.kind, tuple(parts), codebook, split.detail))
+
+    def finish(self) -> Plan:
+        """Make the tables of what they really code, and return the plan.
+
+        Neighbours depend on where lanes begin, and that on all tensors of the stream.
+        """
+        counts = np.array(self._counts).reshape(-1, SYMBOLS)
+        coder, pieces = CoderId.CONTEXTS, pieces_of(self.plan.records, CoderId.CONTEXTS)
+        stream = np.concatenate(self.plan.streams.get(coder, [np.empty(0, np.uint8)]))
+        for begin, end in segments(pieces, CODERS[coder]):
+            part = stream[begin:end]
+            tables = tables_of(part, pieces.between(begin, end), self.plan.models)
+            np.add.at(counts, (tables, part), 1)
+        for number, total in enumerate(counts):
+            if total.any():
+                self.plan.codes[number] = codes_of(total)
+        return self.plan
 
     def plain(self, i: int, split: Split) -> list[Part]:
         """Return the parts of a tensor that are coded without a look at neighbours."""
@@ -259,6 +279,8 @@ class _Builder:
         coder = CoderId.RANS if table >= 0 else CoderId.RAW
         coder = self._smallest(sequence, coder, bits)
         number = self._table(table) if coder == CoderId.RANS else 0
+        if coder == CoderId.RANS:
+            self._counts[number] = self._counts[number] + counts
         return self._held(sequence, coder, number)
 
     def with_contexts(self, i: int, contexts: _Contexts) -> Part:
@@ -286,6 +308,7 @@ class _Builder:
         number = self._tables.setdefault(table, len(self._tables))
         if number == len(self.plan.codes):
             self.plan.codes.append(self._chosen.codes[table])
+            self._counts.append(np.zeros(SYMBOLS, np.int64))
         return number
 
     def _codebook(self, codebook: Array) -> int:

@@ -2,7 +2,9 @@
 
 A kernel W of shape (m, c, k), k its positions, is approximated by a W' of the same shape that
 some lighter operator computes.  With the covariance S of the input patches, ordered (c, k),
-the error is ``tr((W - W') S (W - W')^T)`` as in `svd`; ``metric=None`` means S = I.
+the error is ``tr((W - W') S (W - W')^T)`` as in `svd`; ``metric=None`` means S = I.  All forms
+are solved in `damped` S: else they make up for what they lack with huge weights of channels
+that the samples hardly move, and new inputs that do move them make the network explode.
 
     restricted   zero outside groups of channels and chosen positions: one least squares each
     separable    ``W'_mck = sum_q P_mcq D_cqk``: depthwise, then 1 x 1, alternating two of them
@@ -24,9 +26,16 @@ from onnxcomp.numerics.least_squares import EXACT, fit_last, symmetric
 Array: TypeAlias = NDArray[np.float64]
 
 ROUNDS = 8
+DAMPING = 1e-2  # of the mean variance of an input
 _LITTLE = 1e-3  # relative gain of a round that ends the rounds
 _CG_STEPS = 12
 _CG_TOLERANCE = 1e-3
+
+
+def damped(metric: PatchMetric) -> Array:
+    """Return ``S + lam I``, lam being `DAMPING` times the mean of S's diagonal."""
+    S = dense_metric(metric)
+    return np.asarray(S + DAMPING * np.trace(S) / len(S) * np.eye(len(S)))
 
 
 # ------------------------------------------------------------------- groups and positions
@@ -37,7 +46,8 @@ def restricted(
 ) -> Array:
     """Return the best kernel that reads its own group of channels at some positions only.
 
-    For the outputs g and the columns K that they may read, ``W'_g = (W S)_gK S_KK^-1``.
+    For the outputs g and the columns K that they may read, ``W'_g = (W S)_gK S_KK^-1`` with
+    the damped S, which is a ridge centred on the kernel's own weights there.
 
     Args:
         W: kernel (m, c, k).
@@ -51,14 +61,14 @@ def restricted(
     m, c, k = W.shape
     chosen = np.array(positions or range(k))
     rows, inputs = m // groups, c // groups
+    S = None if metric is None else damped(metric)
     parts = []
     for g in range(groups):
         own = np.arange(g * inputs, (g + 1) * inputs)
         columns = (own[:, None] * k + chosen).reshape(-1)
         block = W[g * rows : (g + 1) * rows].reshape(rows, -1)
         prior = block[:, columns]
-        if metric is not None:
-            S = dense_metric(metric)
+        if S is not None:
             prior = fit_last((block @ S)[:, columns], S[np.ix_(columns, columns)], prior)
         parts.append(prior.reshape(rows, inputs, len(chosen)))
     return np.concatenate(parts)
@@ -114,7 +124,7 @@ def separable(
         rounds: most rounds.
     """
     c, k = W.shape[1:]
-    S4 = None if metric is None else dense_metric(metric).reshape(c, k, c, k)
+    S4 = None if metric is None else damped(metric).reshape(c, k, c, k)
     found = _sliced(W, S4, multiplicity)
     if S4 is None:
         return found

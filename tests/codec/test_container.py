@@ -127,6 +127,17 @@ def test_segments_are_cut_and_joined(tmp_path):
         assert len(file.head.segments) > 3
 
 
+def test_symbols_have_a_slot_wherever_their_tensor_lies(tmp_path):
+    """Lanes that began at kernels when a tensor was alone begin inside them in a stream."""
+    rng = np.random.default_rng(0)
+    pair = 5 * np.arange(2) + rng.integers(0, 2, (301, 1, 1, 2))
+    kernels = 10 * np.arange(9).reshape(3, 3) + rng.integers(0, 4, (640, 1, 3, 3))
+    model = model_of({"a": pair.astype(np.float32), "b": kernels.astype(np.float32)})
+    assert round_trip(model, tmp_path / "model.onnxc").digest == model.digest
+    with PackedFile(tmp_path / "model.onnxc") as file:
+        assert len(file.head.tables.models) == 2
+
+
 def test_equal_codebooks_are_stored_once(tmp_path):
     codebook = np.random.default_rng(0).normal(size=200).astype(np.float32)
     picks = np.random.default_rng(1).integers(0, 200, (6, 2000))
