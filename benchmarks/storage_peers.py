@@ -92,8 +92,9 @@ def deep_compression_bytes(tensors: Sequence[Ranks]) -> int:
         fillers = gaps // (_GAP + 1)
         skipped = np.bincount(gaps % (_GAP + 1), minlength=_GAP + 1)
         skipped[_GAP] += fillers.sum()
-        values = np.bincount(flat[flat != 0] - int(flat.min()), minlength=1)
-        values[-int(flat.min()) if flat.min() <= 0 <= flat.max() else 0] += fillers.sum()
+        low, high = min(int(flat.min()), 0), max(int(flat.max()), 0)
+        values = np.bincount(flat[flat != 0] - low, minlength=high - low + 1)
+        values[-low] += fillers.sum()
         for counts in (skipped, values):
             code = Huffman.of(counts)
             bits += int((code.lengths * counts).sum()) + 8 * len(counts)

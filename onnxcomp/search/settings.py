@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from onnxcomp.analysis.target import find_target
 from onnxcomp.errors import ParameterError
-from onnxcomp.passes import PASSES
 from onnxcomp.passes.compress_collaboratively import CompressCollaboratively
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
@@ -21,6 +20,14 @@ from onnxcomp.passes.substitute_operators import SubstituteOperators
 
 Row = npt.NDArray[np.float64]
 EMITTED = ("onnx", "codebook", "onnxc")
+METHODS = (
+    RemoveChannels.name,
+    Factorize.name,
+    FactorizeJointly.name,
+    SubstituteOperators.name,
+    ShareWeights.name,
+)
+"""The lossy passes that share one search; `compress_collaboratively` plans alone."""
 
 
 @dataclass(frozen=True)
@@ -115,13 +122,7 @@ class Settings:
     """
 
     limits: Limits = field(default_factory=Limits)
-    methods: tuple[str, ...] = (
-        RemoveChannels.name,
-        Factorize.name,
-        FactorizeJointly.name,
-        SubstituteOperators.name,
-        ShareWeights.name,
-    )
+    methods: tuple[str, ...] = METHODS
     target: str = "x86-avx512"
     grid: str = "auto"
     exclude: str | None = None
@@ -138,10 +139,10 @@ class Settings:
     force: bool = False
 
     def __post_init__(self) -> None:
-        lossy = {name for name, kind in PASSES.items() if not kind.exact}
+        known = (*METHODS, CompressCollaboratively.name)
         for method in self.methods:
-            if method not in lossy:
-                raise ParameterError.choice("Settings", "methods", lossy, method)
+            if method not in known:
+                raise ParameterError.choice("Settings", "methods", known, method)
         if CompressCollaboratively.name in self.methods:
             self._check_collaboration()
         if self.grid not in ("auto", "off") and not (

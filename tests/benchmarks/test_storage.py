@@ -78,6 +78,15 @@ def test_deep_compression_is_the_length_of_its_two_streams(share):
     assert storage_peers.deep_compression_bytes([tensor]) == -(-bits // 8)
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_deep_compression_takes_levels_of_one_sign(sign):
+    weights = np.zeros((1, 40), np.float32)
+    weights[0, 30] = sign
+    tensor = Ranks.of(weights)
+    lengths, bits = 8 * (16 + 2), 4  # two entries of a bit in each of the two streams
+    assert storage_peers.deep_compression_bytes([tensor]) == -(-(lengths + bits) // 8)
+
+
 def test_levels_count_from_the_value_nearest_zero():
     tensor = Ranks.of(np.array([[-2.0, 0.5], [3.0, -2.0]], np.float32))
     np.testing.assert_array_equal(tensor.levels, [[-1, 0], [1, -1]])
