@@ -30,11 +30,12 @@ from benchmarks.common import (
     shared_folder,
 )
 from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.model import Model, extract
 from onnxcomp.runtime import Session
 from onnxcomp.search.allocation import Allocator
 from onnxcomp.search.losses import Losses, LossMeter
-from onnxcomp.search.outputs import OutputError, raw_outputs
+from onnxcomp.search.outputs import OutputError
 from onnxcomp.search.settings import Limits
 from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.walk import Walk

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.augmentation import augmented
 from onnxcomp.errors import DataError, ParameterError, UnsupportedModelError
 from onnxcomp.evaluate import join_outputs, paired_outputs
@@ -16,7 +17,6 @@ from onnxcomp.model import Array, Model, Value, extract
 from onnxcomp.runtime import Session
 from onnxcomp.sample_rules import channel_axis, is_float
 from onnxcomp.samples import Samples
-from onnxcomp.search.outputs import raw_outputs
 
 if TYPE_CHECKING:
     from onnxcomp.bridge.objective import Examples

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
+from onnxcomp.analysis.outputs import class_scores
 from onnxcomp.errors import DataError, ParameterError
 from onnxcomp.model import Array, Model
 from onnxcomp.runtime import capture_tensors
 from onnxcomp.samples import Samples, as_samples
 from onnxcomp.search.deadline import Deadline, Progress, TimeLimitReached
-from onnxcomp.search.outputs import raw_outputs
 from onnxcomp.search.store import Store, identity_of
 from onnxcomp.teaching import AUGMENTATIONS, Course, Teacher, check_signatures
 
@@ -367,12 +367,11 @@ def _class_scores(model: Model, samples: Samples, labels: Array) -> tuple[str, i
     from onnxcomp.bridge.objective import check_labels
 
     facts = capture_tensors(model, next(samples.batches(model.signature.inputs, 1)).feed)
-    for name in raw_outputs(model, facts):
-        shape = facts[name].shape
-        if len(shape) >= 2 and max(shape[1:]) == math.prod(shape[1:]) >= 2:
-            check_labels(labels, max(shape[1:]))
-            return name, max(shape[1:])
-    raise DataError("tune: no output is class scores of shape (N, K); leave labels out")
+    found = class_scores(model, facts)
+    if found is None:
+        raise DataError("tune: no output is class scores of shape (N, K); leave labels out")
+    check_labels(labels, found[1])
+    return found
 
 
 def _is_half(model: Model) -> bool:

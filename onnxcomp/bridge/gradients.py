@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from onnxcomp.analysis.outputs import class_scores, raw_outputs
 from onnxcomp.bridge.equality import TOLERANCE, check_equal
 from onnxcomp.bridge.module import GraphModule, to_torch
 from onnxcomp.bridge.objective import check_labels
@@ -91,17 +92,16 @@ class _Loss:
     """The mean loss of the samples of one run."""
 
     def __init__(self, model: Model, module: GraphModule, samples: Samples, seed: int) -> None:
-        from onnxcomp.search.outputs import raw_outputs  # of a layer above
-
         first = next(samples.batches(model.signature.inputs, _FEW)).feed
         facts = capture_tensors(model, first)
         self._module = module
         self._names = raw_outputs(model, facts)
-        self._scores = next((n for n in self._names if _classes(facts[n].shape)), None)
-        self._labels = None
-        if self._scores is not None and samples.labels is not None:
-            check_labels(samples.labels, _classes(facts[self._scores].shape))
-            self._labels = samples.labels
+        self._scores, self._labels = None, None
+        if scores := class_scores(model, facts):
+            self._scores, classes = scores
+            if samples.labels is not None:
+                check_labels(samples.labels, classes)
+                self._labels = samples.labels
         with torch.no_grad():
             found = module({n: as_tensor(a) for n, a in first.items()}, self._names)
         self._deviations = {n: float(value.std()) or 1.0 for n, value in found.items()}
@@ -138,9 +138,3 @@ def _rows(value: Tensor, feed: Batch) -> Tensor:
     """Return the rows of the samples, without those that fill a batch up."""
     padded = value.dim() > 0 and feed.rows is not None and len(value) == feed.rows
     return value[: feed.count] if padded else value
-
-
-def _classes(shape: Sequence[int]) -> int:
-    """Return the number of classes of scores (N, K), axes of length 1 aside; else 0."""
-    count = max(shape[1:], default=0)
-    return count if count >= 2 and count == math.prod(shape[1:]) else 0

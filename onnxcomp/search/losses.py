@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.moments import SecondMoments, collect_moments, identity_moments
+from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.analysis.stream import Feeds
 from onnxcomp.errors import DataError
 from onnxcomp.model import Array, Model, Value, extract
@@ -31,7 +32,7 @@ from onnxcomp.passes.substitute_operators import BYPASS
 from onnxcomp.runtime import Session
 from onnxcomp.search.bypass import BypassMeter
 from onnxcomp.search.deadline import Deadline, Progress
-from onnxcomp.search.outputs import OutputMeter, raw_outputs
+from onnxcomp.search.outputs import OutputMeter
 from onnxcomp.search.refits import (
     group_readers,
     like_bias,

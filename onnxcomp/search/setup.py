@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.outputs import class_scores
 from onnxcomp.analysis.probe import random_inputs
 from onnxcomp.analysis.target import find_target
 from onnxcomp.augmentation import augmented
@@ -28,7 +29,6 @@ from onnxcomp.samples import Samples, as_samples
 from onnxcomp.search.adaptation import Adapted, adapted, batchnorm_statistics
 from onnxcomp.search.collaboration import CollaborativeSearch
 from onnxcomp.search.deadline import Deadline, Progress
-from onnxcomp.search.outputs import class_scores
 from onnxcomp.search.search import Search
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.space import Space
@@ -168,9 +168,10 @@ def _inverted(
     from onnxcomp.bridge.inversion import inverted
 
     feed = next(noise.batches(prepared.signature.inputs, 1)).feed
+    scores = class_scores(prepared, capture_tensors(prepared, feed))
     return inverted(
         prepared,
-        class_scores(prepared, capture_tensors(prepared, feed)),
+        None if scores is None else scores[0],
         seed=settings.seed,
         threads=settings.threads,
         memory=settings.memory,

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.moments import collect_moments
+from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.analysis.stream import Feeds
 from onnxcomp.errors import DataError
 from onnxcomp.model import Array
@@ -29,7 +30,7 @@ from onnxcomp.passes.base import Option
 from onnxcomp.passes.chains import to_plane
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.search.deadline import Deadline, Progress
-from onnxcomp.search.outputs import OutputError, OutputMeter, raw_outputs
+from onnxcomp.search.outputs import OutputError, OutputMeter
 from onnxcomp.search.refits import like_bias
 from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.store import Store

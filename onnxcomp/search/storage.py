@@ -21,6 +21,7 @@ import numpy.typing as npt
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.moments import SecondMoments, collect_moments, identity_moments
+from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.analysis.stream import Feeds
 from onnxcomp.codec import packed_bytes
 from onnxcomp.errors import DataError
@@ -34,7 +35,7 @@ from onnxcomp.report import Action
 from onnxcomp.runtime import Session, capture_tensors
 from onnxcomp.samples import Samples
 from onnxcomp.search.deadline import Progress
-from onnxcomp.search.outputs import OutputError, OutputMeter, raw_outputs
+from onnxcomp.search.outputs import OutputError, OutputMeter
 from onnxcomp.search.refits import like_bias
 from onnxcomp.search.twins import Twins
 from onnxcomp.search.working import finish, prepare, working_model

@@ -15,6 +15,7 @@ from onnxcomp.codec.records import Kind
 from onnxcomp.errors import InvalidModelError, ParameterError
 from onnxcomp.loading import LoadLimits, load
 from onnxcomp.model import Model
+from onnxcomp.runtime import Session
 from tests.codec.models import every_kind, model_of
 from tests.graphs import shared_models
 
@@ -50,6 +51,20 @@ def test_every_way_of_storing_comes_back(profile, tmp_path, monkeypatch):
     assert codec.unpack(path).digest == model.digest
     codec.pack(model, path, profile)
     assert path.read_bytes() == written
+
+
+@pytest.mark.parametrize("profile", ["fast", "balanced", "max"])
+def test_subnormal_values_come_back_where_a_session_flushes_them(profile, tmp_path):
+    rng = np.random.default_rng(0)
+    kinds = np.array([0, 1, 2, 5, 2**31, 2**31 + 1, 0x3F800000], np.uint32)
+    weights = {
+        "few": kinds[rng.integers(0, len(kinds), (50, 40))].view(np.float32),
+        "many": rng.integers(0, 2**23, (40, 30)).astype(np.uint32).view(np.float32),
+    }
+    model = model_of(weights)
+    Session(model).run({"x": np.ones(1, np.float32)})
+    assert not (np.full(1, 1e-40, np.float32) + 0).any()  # NumPy flushes on this thread now
+    assert round_trip(model, tmp_path / "model.onnxc", profile).digest == model.digest
 
 
 @pytest.mark.parametrize("path", small_models(), ids=lambda p: p.name)

@@ -5,6 +5,7 @@ import pytest
 
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.moments import collect_moments
+from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.model import Model
 from onnxcomp.passes.base import Option
@@ -12,7 +13,7 @@ from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.runtime import Session, with_outputs
 from onnxcomp.search import losses as module
-from onnxcomp.search.outputs import OutputError, raw_outputs
+from onnxcomp.search.outputs import OutputError
 from onnxcomp.search.refits import like_bias, solve_dense
 from tests.analysis.channel_graphs import Graph
 from tests.passes.exact_checks import graph
