@@ -37,7 +37,7 @@ from onnxcomp.codec.transforms import (
     from_runs,
     shift_of,
 )
-from onnxcomp.errors import InvalidModelError
+from onnxcomp.errors import InvalidModelError, UnsupportedModelError
 from onnxcomp.loading import PACKED_MAGIC, LoadLimits
 from onnxcomp.model import Model, fill
 
@@ -58,6 +58,7 @@ def packed(model: Model, profile: Profile) -> list[bytes]:
 
     Raises:
         ParameterError: The profile is MAX and numba is not installed.
+        UnsupportedModelError: The file would break a limit of the format when it is read.
     """
     profiles = list(Profile)
     files = [_packed(model, each) for each in profiles[: profiles.index(profile) + 1]]
@@ -80,9 +81,19 @@ def _packed(model: Model, profile: Profile) -> list[bytes]:
     payload = _coded(plan, tables)
     found = [Segment(len(part), zlib.crc32(part)) for part in payload]
     head = Head(skeleton, tables, plan.codebooks, plan.records, found).to_bytes()
+    if len(head) > _MAX_HEAD_BYTES:
+        raise UnsupportedModelError(
+            f"the graph without its initializers has {len(head)} bytes; a packed file holds "
+            f"at most {_MAX_HEAD_BYTES} (make initializers of large Constant nodes)"
+        )
     small = compress(head)
     total = _HEAD_BEGIN + len(small) + sum(map(len, payload))
     decoded = sum(array.nbytes for array in arrays)
+    if decoded > _most_decoded(total):
+        raise UnsupportedModelError(
+            f"{decoded} bytes of weights are packed into {total}; a file that decodes to more "
+            f"than {_most_decoded(total)} is refused when it is read"
+        )
     prefix = _PREFIX.pack(PACKED_MAGIC, len(small), len(head), total, decoded)
     return [prefix, hashlib.sha256(prefix + small).digest(), small, *payload]
 
@@ -164,9 +175,13 @@ class PackedFile:
         magic, small, raw, size, decoded = _PREFIX.unpack(prefix[: _PREFIX.size])
         if magic != PACKED_MAGIC:
             raise InvalidModelError("not a packed model, or one of another version")
-        if size != self.size or small > size - _HEAD_BEGIN or raw > _MAX_HEAD_BYTES:
+        if raw > _MAX_HEAD_BYTES:
+            raise InvalidModelError(
+                f"its head has {raw} bytes; at most {_MAX_HEAD_BYTES} are allowed"
+            )
+        if size != self.size or small > size - _HEAD_BEGIN:
             raise InvalidModelError(f"it has {self.size} bytes, and was written with {size}")
-        most = min(limits.total_bytes, max(_EXPANSION * size, _FREE_EXPANSION))
+        most = min(limits.total_bytes, _most_decoded(size))
         if decoded > most:
             raise InvalidModelError(
                 f"it decodes to {decoded} bytes; at most {most} are allowed"
@@ -235,6 +250,11 @@ def _size_of(descriptor: int) -> int:
     if status.st_size < _HEAD_BEGIN:
         raise InvalidModelError("not a packed model: it is too short")
     return status.st_size
+
+
+def _most_decoded(size: int) -> int:
+    """Return the bytes to which a file of so many bytes may decode."""
+    return max(_EXPANSION * size, _FREE_EXPANSION)
 
 
 def _take(part: Part, streams: Mapping[CoderId, StreamReader]) -> Uint8:

@@ -14,7 +14,7 @@ import onnx
 
 from onnxcomp.codec.container import PackedFile, packed
 from onnxcomp.codec.planning import Profile
-from onnxcomp.errors import InvalidModelError
+from onnxcomp.errors import OnnxcompError
 from onnxcomp.loading import LoadLimits, replacing
 from onnxcomp.model import Array, Model, fill
 from onnxcomp.runtime import open_file
@@ -47,6 +47,7 @@ def pack(
 
     Raises:
         ParameterError: The profile is unknown, or the file is an input or cannot be written.
+        UnsupportedModelError: The file would break a limit of the format when it is read.
     """
     pieces = packed(model, Profile(profile))
     with replacing(path, inputs=(*model.files, *inputs)) as stream:
@@ -159,5 +160,5 @@ def _naming(path: FilePath) -> Iterator[None]:
     """Put the name of the file in front of what is wrong with it."""
     try:
         yield
-    except InvalidModelError as error:
-        raise InvalidModelError(f"{os.fspath(path)}: {error}") from error
+    except OnnxcompError as error:
+        raise type(error)(f"{os.fspath(path)}: {error}") from error

@@ -190,4 +190,6 @@ def _tensors(skeleton: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
         graphs = [graph for node in nodes for graph in subgraphs(node)]
         for attribute in (attribute for node in nodes for attribute in node.attribute):
             yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
         nodes = []

@@ -6,9 +6,12 @@ for machines without numba; tests hold the two together bit for bit.
 
 from __future__ import annotations
 
-import numba
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
+
+from onnxcomp.codec.jit import inner_loop
 
 Int64 = npt.NDArray[np.int64]
 Uint8 = npt.NDArray[np.uint8]
@@ -19,7 +22,7 @@ _U8, _U12, _U16, _U20 = np.uint32(8), np.uint32(12), np.uint32(16), np.uint32(20
 _BYTE, _SLOT, _WORD, _LOW = (np.uint32(v) for v in (255, 4095, 65535, 65536))
 _LANES = 32
 _OUTSIDE = 5
-compiled = numba.njit(cache=True, error_model="numpy", nogil=True)
+compiled = partial(inner_loop, cache=True, allocates=True)
 
 
 @compiled

@@ -28,6 +28,7 @@ Float64 = npt.NDArray[np.float64]
 Uint8 = npt.NDArray[np.uint8]
 
 _STREAM = 1 << 22  # weights
+MOST_INPUTS = _STREAM  # weights of one output, which a stream holds several numbers for
 _LEAST_POWER = -117
 _UNIT_POWER = 10
 
@@ -45,6 +46,11 @@ class Layout:
     shape: tuple[int, int, int]
     values: Float32
     row: int = 1
+
+    @property
+    def weights_per_output(self) -> int:
+        """Inputs times taps."""
+        return self.shape[1] * self.shape[2]
 
 
 @dataclass(frozen=True)

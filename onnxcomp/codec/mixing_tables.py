@@ -6,33 +6,17 @@ integers that every mathematical library gives the same table; a test measures t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from onnxcomp.codec.jit import inner_loop
 
 Int32 = npt.NDArray[np.int32]
 Float64 = npt.NDArray[np.float64]
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-def compiled(function: _Function, *, cache: bool = False) -> _Function:
-    """Compile a function of integers and arrays when it is first called.
-
-    Reference counts are left out, since calls with so many arrays would spend most of their
-    time on them: these functions allocate nothing.
-
-    Args:
-        function: The function.
-        cache: Keep it on disk with all that it calls; see `mixing_model._cached`.
-    """
-    options: dict[str, Any] = {"error_model": "numpy", "nogil": True, "_nrt": False}
-    made: _Function = numba.njit(cache=cache, **options)(function)
-    return made
-
+compiled = partial(inner_loop, cache=False, allocates=False)
 
 UNIT = 256
 """One in the logistic domain and one octave in logarithms."""

@@ -24,7 +24,7 @@ from onnxcomp.codec.contexts import (
     tables_of,
 )
 from onnxcomp.codec.head import pieces_of
-from onnxcomp.codec.mixing import Layout
+from onnxcomp.codec.mixing import MOST_INPUTS, Layout
 from onnxcomp.codec.rans import Pieces
 from onnxcomp.codec.records import Part, Record, layout_of
 from onnxcomp.codec.splits import Split, lzma_promises, splits_of
@@ -123,7 +123,8 @@ def plan_tensors(arrays: Sequence[Array], profile: Profile) -> Plan:
     shapes = [array.shape for array in arrays]
     mixed = set[int]()
     if profile == Profile.MAX:
-        mixed = {i for i, way in ranks.items() if way.bits < _NEARLY * splits[i].bits}
+        near = {i for i, way in ranks.items() if way.bits < _NEARLY * splits[i].bits}
+        mixed = {i for i in near if _can_be_mixed(ranks[i], shapes[i])}
     contexts: dict[int, _Contexts] = {}
     if profile != Profile.FAST:
         found = {i: _contexts(w, shapes[i]) for i, w in ranks.items() if i not in mixed}
@@ -141,6 +142,12 @@ def plan_tensors(arrays: Sequence[Array], profile: Profile) -> Plan:
         else:
             builder.add(split, builder.plain(i, split))
     return builder.finish()
+
+
+def _can_be_mixed(split: Split, shape: tuple[int, ...]) -> bool:
+    assert split.codebook is not None  # ranks have one
+    layout = layout_of(shape, split.codebook)
+    return layout.values.size > 1 and layout.weights_per_output <= MOST_INPUTS
 
 
 def _contexts(split: Split, shape: tuple[int, ...]) -> _Contexts:

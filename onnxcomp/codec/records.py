@@ -14,7 +14,7 @@ import numpy.typing as npt
 from onnxcomp.codec.coders import CODERS, CoderId
 from onnxcomp.codec.contexts import ContextModel, read_model
 from onnxcomp.codec.fields import FieldReader, FieldWriter
-from onnxcomp.codec.mixing import Layout
+from onnxcomp.codec.mixing import MOST_INPUTS, Layout
 from onnxcomp.codec.symbols import MAX_VALUES, Geometry, values_of
 from onnxcomp.codec.transforms import ESCAPE, NARROW
 from onnxcomp.errors import InvalidModelError
@@ -146,6 +146,8 @@ def read_record(
         if parts[0].coder == CoderId.MIXING:
             parts = (replace(parts[0], table=len(layouts)),)
             layouts.append(layout_of(shape, codebooks[codebook]))
+            if layouts[-1].weights_per_output > MOST_INPUTS:
+                raise InvalidModelError("an output of a tensor is too large for its coder")
         else:
             parts = (replace(parts[0], table=len(models)),)
             models.append(read_model(fields, shape, tables))

@@ -20,6 +20,7 @@ Uint8 = npt.NDArray[np.uint8]
 NARROW = 256  # the longest codebook whose ranks are single bytes
 LONG_RUN = 255  # a run that goes on: 255 elements, and no level behind them
 ESCAPE = 255  # a rank outside the window of a long codebook
+_CHUNK = 2**18  # runs whose ends are in memory
 
 
 def to_planes(array: Array) -> list[Uint8]:
@@ -83,12 +84,19 @@ def from_runs(runs: Uint8, levels: Uint8, common: int, size: int) -> Uint8:
     Raises:
         InvalidModelError: They do not fit one another or the size.
     """
-    ends = np.cumsum(runs + np.not_equal(runs, LONG_RUN).astype(np.int64))
-    places = ends[runs != LONG_RUN] - 1
-    if places.size != levels.size or (ends.size and ends[-1] > size):
-        raise InvalidModelError("runs and levels of a tensor do not fit")
     symbols = np.full(size, common, np.uint8)
-    symbols[places] = levels
+    end = done = 0
+    for begin in range(0, runs.size, _CHUNK):
+        part = runs[begin : begin + _CHUNK]
+        ends = end + np.cumsum(part + np.not_equal(part, LONG_RUN).astype(np.int64))
+        places = ends[part != LONG_RUN] - 1
+        end = int(ends[-1])
+        if end > size or done + places.size > levels.size:
+            raise InvalidModelError("runs and levels of a tensor do not fit")
+        symbols[places] = levels[done : done + places.size]
+        done += places.size
+    if done != levels.size:
+        raise InvalidModelError("runs and levels of a tensor do not fit")
     return symbols
 
 

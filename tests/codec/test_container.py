@@ -12,7 +12,7 @@ from onnxcomp.codec import container, rans
 from onnxcomp.codec.coders import CoderId
 from onnxcomp.codec.container import PackedFile
 from onnxcomp.codec.records import Kind
-from onnxcomp.errors import InvalidModelError, ParameterError
+from onnxcomp.errors import InvalidModelError, ParameterError, UnsupportedModelError
 from onnxcomp.loading import LoadLimits, load
 from onnxcomp.model import Model
 from onnxcomp.runtime import Session
@@ -197,6 +197,36 @@ def test_limits_are_kept(tmp_path, monkeypatch):
         codec.unpack(path, limits=LoadLimits(total_bytes=1000))
     with pytest.raises(InvalidModelError, match="elements"):
         codec.unpack(path, limits=LoadLimits(elements=100))
+
+
+def test_a_file_that_would_be_refused_is_not_written(tmp_path, monkeypatch):
+    """Both limits of the format that any model can break, at a smaller size."""
+    path, model = tmp_path / "model.onnxc", model_of({"w": np.zeros(2**20, np.float32)})
+    with monkeypatch.context() as patch:
+        patch.setattr(container, "_FREE_EXPANSION", 2**16)
+        with pytest.raises(UnsupportedModelError, match="4194304 bytes of weights"):
+            codec.pack(model, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(container, "_MAX_HEAD_BYTES", 100)
+        with pytest.raises(UnsupportedModelError, match="Constant nodes"):
+            codec.pack(model, path)
+    assert not path.exists()
+    codec.pack(model, path)
+    assert codec.unpack(path).digest == model.digest
+
+
+def test_constant_tensors_and_huge_outputs_are_not_mixed(tmp_path, monkeypatch):
+    pytest.importorskip("numba")
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(64, 64, 3, 4))
+    kernels = np.rint(2 * (noise[..., 1:] + noise[..., :-1])).astype(np.float32)
+    arrays = {"w": kernels, "wide": kernels.reshape(1, -1), "same": np.ones((64, 64), "f4")}
+    monkeypatch.setattr("onnxcomp.codec.planning.MOST_INPUTS", 64 * 9)
+    model = model_of(arrays)
+    assert round_trip(model, tmp_path / "model.onnxc", "max").digest == model.digest
+    with PackedFile(tmp_path / "model.onnxc") as file:
+        coders = [record.parts[0].coder for record in file.head.records]
+    assert coders == [CoderId.MIXING, CoderId.CONTEXTS, CoderId.CONSTANT]
 
 
 def test_inputs_and_profiles_are_checked(tmp_path):

@@ -12,12 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from onnxcomp import codec
 from onnxcomp.codec import container, rans
-from onnxcomp.codec.coders import compress, decompress
+from onnxcomp.codec.coders import CoderId, compress, decompress
 from onnxcomp.codec.container import PackedFile
+from onnxcomp.codec.head import Head
+from onnxcomp.codec.records import Kind, Part, Record, layout_of
+from onnxcomp.codec.tables import Tables
 from onnxcomp.errors import InvalidModelError
 from onnxcomp.loading import LoadLimits
 from tests.codec.models import every_kind, model_of
@@ -164,6 +168,38 @@ def test_memory_stays_within_the_cap(packed, tmp_path):
     assert peak < 10 * LIMITS.total_bytes
 
 
+def forged(tmp_path, records, layouts=(), shape=(1, 2**22)) -> Path:
+    """A file of one int8 tensor that nothing but its records says anything about."""
+    model = model_of({"w": np.zeros(shape, np.int8)})
+    codebook = np.array([0, 1], np.int8)
+    skeleton = model.to_proto(external=True)
+    head = Head(skeleton, Tables([], [], layouts), [codebook], records, []).to_bytes()
+    path = tmp_path / "forged.onnxc"
+    path.write_bytes(sealed(head, b"", int(np.prod(shape))))
+    return path
+
+
+def test_runs_take_memory_of_their_tensor_alone(tmp_path):
+    size = 2**22
+    parts = (Part(CoderId.CONSTANT, size, 0), Part(CoderId.CONSTANT, size, 129))
+    path = forged(tmp_path, [Record(Kind.RUNS, parts, 0, 128)])
+    tracemalloc.start()
+    ((_, array),) = codec.stream(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert array.all()
+    assert peak < 5 * size + 2**24
+
+
+def test_an_output_too_large_for_mixing_is_refused(tmp_path, monkeypatch):
+    record = Record(Kind.RANKS, (Part(CoderId.MIXING, 2**22),))
+    codebook = np.array([0, 1], np.int8)
+    layouts = [layout_of((1, 2**22), codebook)]
+    monkeypatch.setattr("onnxcomp.codec.records.MOST_INPUTS", 2**22 - 1)
+    with pytest.raises(InvalidModelError, match="too large for its coder"):
+        codec.unpack(forged(tmp_path, [record], layouts))
+
+
 def test_truncation_at_every_byte(tmp_path):
     path = tmp_path / "model.onnxc"
     codec.pack(model_of({"w": np.arange(100, dtype=np.float32)}), path)
@@ -195,6 +231,23 @@ def test_external_data_in_the_graph_are_refused(tmp_path):
     tensor.external_data.add(key="location", value="../secret")
     codec.pack(model, tmp_path / "model.onnxc")
     with pytest.raises(InvalidModelError, match="'words' refers to another file"):
+        codec.unpack(tmp_path / "model.onnxc")
+
+
+@pytest.mark.parametrize("attribute", ["t", "sparse_tensor", "sparse_tensors"])
+def test_external_data_in_attributes_are_refused(attribute, tmp_path):
+    model = every_kind()
+    held = model.skeleton.graph.node[0].attribute.add(name="held")
+    tensor = onnx.TensorProto(name="inner")
+    tensor.external_data.add(key="location", value="../secret")
+    if attribute == "t":
+        held.t.CopyFrom(tensor)
+    elif attribute == "sparse_tensor":
+        held.sparse_tensor.values.CopyFrom(tensor)
+    else:
+        held.sparse_tensors.add().indices.CopyFrom(tensor)
+    codec.pack(model, tmp_path / "model.onnxc")
+    with pytest.raises(InvalidModelError, match="'inner' refers to another file"):
         codec.unpack(tmp_path / "model.onnxc")
 
 

@@ -14,7 +14,7 @@ from onnxcomp.codec.mixing import Layout
 from onnxcomp.codec.symbols import Symbols
 from onnxcomp.errors import InvalidModelError, ParameterError
 
-FILES = ("mixing_tables", "mixing_bits", "mixing_context", "mixing_model")
+FILES = ("jit", "mixing_tables", "mixing_bits", "mixing_context", "mixing_model")
 
 
 def symbols_of(weights, levels: int, *, row: int = 1) -> Symbols:
