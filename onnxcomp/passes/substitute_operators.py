@@ -35,7 +35,7 @@ from onnxcomp.model import Array
 from onnxcomp.numerics.factorization import PatchMetric, squared_error
 from onnxcomp.numerics.substitution import restricted, separable, spread
 from onnxcomp.passes.base import Arrays, Need, Option, Proposal, Refusal
-from onnxcomp.passes.windows import cropped, window_of
+from onnxcomp.passes.windows import cropped, reads_middle, window_of
 
 if TYPE_CHECKING:
     from onnxcomp.analysis import Analysis
@@ -267,7 +267,8 @@ def _sizes(form: str, linear: Linear) -> list[tuple[int, ...]]:
         same = pool or linear.in_extent == linear.out_extent
         strided = not pool and any(s != 1 for s in linear.strides)
         dilated = pool and any(d != 1 for d in linear.dilations)
-        return [()] if c == m and same and not (strided or dilated) else []
+        shifted = form == BYPASS and not reads_middle(attrs, extents)
+        return [()] if c == m and same and not (strided or dilated or shifted) else []
     sizes: list[tuple[int, ...]]
     if form == "separable":
         sizes = [(q,) for q in _MULTIPLICITIES if q < k]

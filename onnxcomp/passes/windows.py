@@ -103,6 +103,14 @@ def cropped(
     return found
 
 
+def reads_middle(attrs: Mapping[str, Any], extents: tuple[int, ...]) -> bool:
+    """Whether the middle of a kernel is at the output's own position, at stride 1."""
+    dilations = attrs.get("dilations", (1,) * len(extents))
+    pads = _pads(attrs, [d * (k - 1) for d, k in zip(dilations, extents, strict=True)])
+    middle = [d * ((k - 1) // 2) for d, k in zip(dilations, extents, strict=True)]
+    return pads is not None and list(pads[: len(extents)]) == middle
+
+
 def _pads(attrs: Mapping[str, Any], spans: list[int]) -> list[int] | None:
     """Return the padding of a Conv; None where it depends on the size of the input."""
     auto = attrs.get("auto_pad", "NOTSET")

@@ -84,23 +84,29 @@ class Pursuit:
     def run(self) -> Outcome:
         """Look for the best candidate until it is found or the deadline passes."""
         plain = self._search.nothing
-        asked = self._search.shares and self._limits.size is None  # for codebooks
-        if not asked and not self._limits.judged and self._holds(plain):
+        if not self._limits.judged and self._holds(plain):
             self._take(plain, met=True)
-            return self.best
         try:
-            if self._search.shares:
-                self._share_weights()
-            elif self._limits.judged:
-                self._bisect()
+            if self._search.shares and self._limits.size is None:
+                self._find()
+                self._share_best()
+            elif self._search.shares and not self.best.met:
+                self._share_within()
             else:
-                self._approach()
+                self._find()
         except TimeLimitReached as reached:
             self._notes.append(f"{reached}; the best so far was kept")
         late = sum(refusal.reason == LATE for refusal in self._search.refusals)
         if late:
             self._notes.append(f"the time limit left {late} nodes and groups unmeasured")
         return self.best
+
+    def _find(self) -> None:
+        """Look among plans alone, unless the original is within the limits."""
+        if self._limits.judged:
+            self._bisect()
+        elif not self.best.met:
+            self._approach()
 
     def _take(self, candidate: Candidate, *, met: bool) -> None:
         self.best = Outcome(candidate, met)
@@ -156,38 +162,51 @@ class Pursuit:
             if plan.empty or reason or candidate.model.digest in seen:
                 break
             seen.add(candidate.model.digest)
-            size = candidate.model.file_bytes
+            size = self._search.size(candidate.model)
             if size > (self._limits.size or np.inf):
                 predicted = self._search.space.file_bytes(plan.cost, plan.forms)
                 limits = smaller(self._limits, size - predicted)
             elif met and not self._leaves_time(candidate):
                 break
 
-    def _share_weights(self) -> None:
+    def _share_best(self) -> None:
+        """Let the weights of what was found take few values, unless that breaks a limit."""
+        candidate = self._search.share(self.best.candidate, None)
+        met = self._holds_with_levels(candidate)
+        if met or not self.best.met:
+            self._take(candidate, met=met)
+        else:
+            self._notes.append("weights of few values break a limit; they stay as they are")
+
+    def _share_within(self) -> None:
         """Let the weights of ever smaller plans take few values, while that loses less."""
-        limits, whole = replace(self._limits, size=None), self._search.nothing.plan.cost.params
-        costs = limits.without_judgement
-        for part in _SHARED if self._limits.size is not None else _SHARED[:1]:
+        whole = self._search.nothing.plan.cost.params
+        costs = replace(self._limits.without_judgement, size=None)
+        for part in _SHARED:
             candidate = self._search.nothing
+            if part < 1 and not self._search.space.widths and not self._search.space.forms:
+                break
             if part < 1 or costs != Limits():
-                if not self._search.space.widths and not self._search.space.forms:
-                    break
                 losses, bound = self._search.losses, min(part * whole, costs.params or np.inf)
-                plan, _ = self._search.choose(
+                plan, reason = self._search.choose(
                     losses, replace(costs, params=bound), seconds=self._predicted()
                 )
+                if reason and part == 1:
+                    self._notes.append(reason)
                 candidate = self._search.solve(plan, losses)
             lost = self._search.change(candidate.model)
             if self.best.met and lost >= self.best.candidate.error:
                 break  # rounding adds to it
             candidate = self._search.share(candidate, self._limits.size)
-            met = self._holds(candidate) and (
-                not limits.judged
-                or self._judge.look(candidate.model, candidate.error).within(limits)
-            )
-            self._offer(candidate, met=met)
+            self._offer(candidate, met=self._holds_with_levels(candidate))
             if self.best.candidate is not candidate:
                 break
+
+    def _holds_with_levels(self, candidate: Candidate) -> bool:
+        """Whether all limits hold, those on drop and drift as well."""
+        if not self._limits.judged or not self._holds(candidate):
+            return self._holds(candidate)
+        return self._judge.look(candidate.model, candidate.error).within(self._limits)
 
     def _offer(self, candidate: Candidate, *, met: bool) -> None:
         """Keep a candidate that is better than the best so far."""

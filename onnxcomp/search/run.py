@@ -28,6 +28,7 @@ from onnxcomp.search.search import Point, Search
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.setup import Roles, assign_samples, invert_samples, make_search
 from onnxcomp.search.space import Plan
+from onnxcomp.search.storage import without_codebook
 from onnxcomp.search.store import Store
 from onnxcomp.search.tuning import SEARCH_SHARE, check_tuning, tuned
 from onnxcomp.search.working import finish, prepare
@@ -221,7 +222,8 @@ class _Run:
             keep=keep,
             box=settings.time_limit is not None
             and settings.data_aware
-            and self._search.varied,
+            and self._search.varied
+            and not self._search.shares,  # which takes what time is left
             seed=settings.seed,
             notes=self._notes,
         )
@@ -289,8 +291,8 @@ class _Run:
     def _planned(self, limits: Limits) -> tuple[Plan, bool]:
         """Return the plan to begin with, and whether it is predicted to be within."""
         search, nothing = self._search, self._search.nothing
-        if search.shares:
-            limits = replace(limits, size=None)
+        if search.shares and limits.size is not None:  # met by rounding
+            limits = replace(limits.without_judgement, size=None)
         if limits.judged:
             pursuit = self._pursuit(limits, lambda _: None)
             plan = search.fastest(search.losses, pursuit.first_bound, limits)
@@ -320,6 +322,7 @@ class _Run:
             ladder, benchmark = self._validate(candidate), self._latency(candidate)
         figures = Figures.of(Analysis(candidate, self._samples.fit), benchmark, 1)
         figures = replace(figures, file_bytes=self._search.size(candidate))
+        self._refusals += without_codebook(candidate, self._settings.emit)
         report = self._report(plan, ladder, benchmark, figures, met, stored)
         return Result(candidate, plan, report, met, self._search)
 

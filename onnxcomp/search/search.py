@@ -303,6 +303,7 @@ class Search:
             self._batches,
             self._measured,
             exclude=settings.exclude,
+            data_aware=settings.data_aware,
             seed=settings.seed,
             threads=settings.threads,
             progress=self._progress_until_deadline,

@@ -129,7 +129,12 @@ def invert_samples(
         store: Where images are kept: what is measured on some must not go on with others.
         deadline: When to stop; a third of what is left is used.
         notes: Receives what stands for real samples, and why.
+
+    Raises:
+        DataError: A method needs the user's own.
     """
+    if CompressCollaboratively.name in settings.methods:
+        _with_labels(noise, settings.seed)  # raises before work is done for nothing
     store = store.scoped(identity_of(original, None, "inverted", settings.seed))
     arrays, reason = store.get("images", ()), ""
     if arrays is None:

@@ -28,20 +28,20 @@ from onnxcomp.errors import DataError
 from onnxcomp.model import Array, Model, extract
 from onnxcomp.numerics.interpolation import Curve
 from onnxcomp.numerics.rounding import Rounded, Rounder
-from onnxcomp.passes.base import run_exact
+from onnxcomp.passes.base import Refusal, run_exact
 from onnxcomp.passes.emit_codebook import EmitCodebook
 from onnxcomp.passes.share_weights import ShareWeights
 from onnxcomp.report import Action
 from onnxcomp.runtime import Session, capture_tensors
 from onnxcomp.samples import Samples
-from onnxcomp.search.deadline import Progress
+from onnxcomp.search.deadline import Progress, TimeLimitReached
 from onnxcomp.search.outputs import OutputError, OutputMeter
 from onnxcomp.search.refits import like_bias
 from onnxcomp.search.twins import Twins
 from onnxcomp.search.working import finish, prepare, working_model
 
 _log = logging.getLogger(__name__)
-_STEPS = (-8, -6, -4, -3, -2, -1, 0, 1)  # powers of two of a weight's deviation
+_STEPS = (-8, -6, -4, -3, -2, -1, 0, 1)  # powers of two of a weight's deviation from 0
 _MEASURED = (3, 5, 7)  # of these steps, those of which the loss is measured
 _LEAST = 1e-30
 _FINE = 12  # steps per octave that the allocation chooses from
@@ -122,6 +122,7 @@ class Storage:
         batches: The same as feeds.
         measured: Leading batches on which losses are measured.
         exclude: Regular expression; nodes whose name or output matches keep their weights.
+        data_aware: Round in the metric of the samples; otherwise from the weights alone.
         seed: Seed of the sampled positions.
         threads: Threads of every session.
         progress: Called with a label and the share done.
@@ -135,6 +136,7 @@ class Storage:
         measured: int,
         *,
         exclude: str | None,
+        data_aware: bool,
         seed: int,
         threads: int,
         progress: Progress,
@@ -144,6 +146,7 @@ class Storage:
         self._model = work
         self._batches = batches
         self._measured = measured
+        self._data_aware = data_aware
         self._seed = seed
         self._threads = threads
         self._progress = progress
@@ -171,7 +174,12 @@ class Storage:
                 break
             tried.add(price)
             chosen = {name: curves.best(price) for name, curves in self._curves.items()}
-            stored, bits = self._walk(chosen)
+            try:
+                stored, bits = self._walk(chosen)
+            except TimeLimitReached:
+                if not found:
+                    raise
+                break
             size = packed_bytes(stored.model)
             found[size] = stored
             if _CLOSE * limit <= size <= limit:
@@ -203,7 +211,7 @@ class Storage:
             metrics = self._moments(twins, linear, position)
             kernel = linear.kernel(self._model.weights[linear.weight])
             W, rounder = _grouped(linear, kernel), Rounder(metrics)
-            deviation = float(W.std()) or 1.0
+            deviation = float(np.sqrt(np.mean(W**2))) or 1.0
             found = [rounder.round(W, deviation * 2.0**e, _PRICE) for e in _STEPS]
             session = twins.current.tail([linear.weight, linear.bias], outputs)
             points = []
@@ -218,7 +226,7 @@ class Storage:
     ) -> tuple[SecondMoments, ...]:
         """Return the moments of a node; those of the weights alone where there are none."""
         rng = np.random.default_rng([self._seed, position])
-        if len(self._model.readers[linear.weight]) == 1:
+        if self._data_aware and len(self._model.readers[linear.weight]) == 1:
             try:
                 return collect_moments(
                     linear, twins.inputs(linear), twins.targets(linear), rng
@@ -314,6 +322,13 @@ def written_bytes(model: Model, emit: str) -> int:
 def in_form(model: Model, emit: str) -> Model:
     """Return a model as it is written to an ONNX file, with codebooks if wanted."""
     return run_exact(EmitCodebook(), Analysis(model))[0] if emit == "codebook" else model
+
+
+def without_codebook(model: Model, emit: str) -> tuple[Refusal, ...]:
+    """Return which weights are written as they are though codebooks are wanted, and why."""
+    if emit != "codebook":
+        return ()
+    return EmitCodebook().propose(Analysis(model)).refusals
 
 
 def output_change(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from onnxcomp.errors import ParameterError, UnsupportedModelError, ValidationError
+from onnxcomp.errors import OnnxcompError, ParameterError
 from onnxcomp.model import Model
 from onnxcomp.samples import Samples
 from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.judge import Judge
 from onnxcomp.search.pursuit import Outcome
 from onnxcomp.search.settings import Limits, Settings
+from onnxcomp.search.storage import in_form
+from onnxcomp.search.working import finish, prepare
 from onnxcomp.tune import TuneResult, Tuning, check_torch, tune
 
 SEARCH_SHARE = 0.5  # of a time limit, when the rest is for tuning
@@ -67,10 +70,12 @@ def tuned(
         Ctrl-C ended the training.
     """
     candidate = outcome.candidate
+    # codebooks keep their number of values when they are trained
+    model = in_form(candidate.model, "codebook") if candidate.stored else candidate.model
     start = time.monotonic()
     try:
         found = tune(
-            candidate.model,
+            model,
             original,
             given,
             Tuning(seed=settings.seed, threads=settings.threads),
@@ -78,19 +83,19 @@ def tuned(
             resume=resume,
             progress=progress,
         )
-    except (UnsupportedModelError, ValidationError) as error:
+    except OnnxcompError as error:  # what the search found is not lost for it
         notes.append(f"not tuned: {error}")
         return outcome, False
     notes.append(_told(found, time.monotonic() - start))
     if not found.improved:
         return outcome, found.interrupted
-    met = outcome.met and fits(found.model)
-    if limits.judged and fits(found.model):
-        met = judge.look(found.model, found.after or 0.0).within(limits)
+    model = finish(prepare(found.model)[0]) if candidate.stored else found.model
+    look = partial(judge.look, model, found.after or 0.0)
+    met = fits(model) and (look().within(limits) if limits.judged else outcome.met)
     if outcome.met and not met:
         notes.append("the tuned model breaks a limit that held before; it was not kept")
         return outcome, found.interrupted
-    return Outcome(replace(candidate, model=found.model), met), found.interrupted
+    return Outcome(replace(candidate, model=model), met), found.interrupted
 
 
 def _told(found: TuneResult, seconds: float) -> str:

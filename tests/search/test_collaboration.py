@@ -145,5 +145,10 @@ def test_the_methods_that_cannot_go_together():
         Settings(methods=("compress_collaboratively", "factorize"))
     with pytest.raises(ParameterError, match="instead of drop or drift"):
         run(Limits(drop=0.01))
-    with pytest.raises(DataError, match="gradients need samples"):
-        run(Limits(macs=0.5), data=None)
+
+
+def test_samples_are_asked_for_before_images_are_inverted(monkeypatch):
+    monkeypatch.setattr("onnxcomp.search.setup._inverted", None)
+    for limits in (Limits(macs=0.5), Limits()):
+        with pytest.raises(DataError, match="gradients need samples"):
+            run(limits, data=None)

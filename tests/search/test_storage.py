@@ -11,6 +11,7 @@ from onnxcomp.errors import ParameterError
 from onnxcomp.model import Model
 from onnxcomp.numerics.rounding import Rounded
 from onnxcomp.search import storage
+from onnxcomp.search.deadline import TimeLimitReached
 from onnxcomp.search.run import Result, compress
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.storage import Curves, Storage, in_form, output_change, written_bytes
@@ -29,7 +30,13 @@ def feeds(model: Model, count: int = 64) -> list[dict[str, np.ndarray]]:
 
 
 def make(model: Model, **options: object) -> Storage:
-    given = {"exclude": None, "seed": 0, "threads": 1, "progress": lambda *_: None}
+    given = {
+        "exclude": None,
+        "data_aware": True,
+        "seed": 0,
+        "threads": 1,
+        "progress": lambda *_: None,
+    }
     return Storage(model, None, feeds(model), 1, **{**given, **options})
 
 
@@ -172,6 +179,73 @@ def test_codebooks_of_bytes():
     assert written_bytes(result.model, "codebook") == small.file_bytes
     assert result.report.result.file_bytes == small.file_bytes < 0.45 * model.file_bytes
     assert output_change(model, small, feeds(model), threads=1) < 1e-3
+
+
+def test_codebooks_behind_the_fastest_plan_within_the_drift():
+    """What the drift alone asks for, on few values; the preview tells of the same plan."""
+    model = wide()
+    settings = replace(QUICK, methods=("remove_channels", "share_weights"))
+    plain = run(model, settings, drift=0.5)
+    found = run(model, replace(settings, emit="codebook"), drift=0.5)
+    assert found.met
+    assert found.plan == plain.plan
+    assert not found.plan.empty
+    methods = [{action.method for action in r.report.actions} for r in (plain, found)]
+    assert methods == [{"remove_channels"}, {"remove_channels", "share_weights"}]
+
+
+def test_codebooks_that_break_a_limit_are_left_out():
+    result = run(wide(), replace(QUICK, emit="codebook"), drift=1e-5)
+    assert result.met
+    assert np.max([*values(result.model).values()]) > 256
+    assert any("weights of few values break a limit" in note for note in result.report.notes)
+    reasons = {refusal.reason for refusal in result.report.refusals}
+    assert "it has more than 256 values" in reasons
+
+
+def test_limits_out_of_reach_are_told_and_weights_rounded_all_the_same():
+    model = wide()
+    result = run(model, size=0.2, macs=0.9)
+    assert not result.met
+    assert any("limit on MACs" in note for note in result.report.notes)
+    assert result.report.result.file_bytes <= 0.2 * model.file_bytes
+
+
+def test_the_time_limit_keeps_what_was_rounded(monkeypatch):
+    walk, calls = Storage._walk, []
+
+    def late(self, chosen):
+        calls.append(chosen)
+        if len(calls) > 1:
+            raise TimeLimitReached("the time limit was reached")
+        return walk(self, chosen)
+
+    monkeypatch.setattr(Storage, "_walk", late)
+    model = wide()
+    found = make(model).within(0.1 * model.file_bytes)
+    assert len(calls) == 2
+    assert codec.packed_bytes(found.model) < 0.15 * model.file_bytes
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(1.0, 1e-7), (1e-4, 0.0), (0.0, 0.0)])
+def test_weights_that_are_nearly_equal(mean, spread):
+    """Steps suit the size of the weights, not how much they differ."""
+    model = CASES["depthwise"]()
+    name = next(n.weight for n in Analysis(model).linears.values() if n.depthwise)
+    shape = model.weights[name].shape
+    drawn = mean + spread * np.random.default_rng(0).standard_normal(shape)
+    model = Model(model.skeleton, {**model.weights, name: drawn.astype(np.float32)})
+    found = make(model).within(0.5 * model.file_bytes)
+    assert np.allclose(found.model.weights[name], mean, rtol=0.01)  # steps are 2^-8 of it
+    assert output_change(model, found.model, feeds(model), threads=1) < 0.02
+
+
+def test_from_the_weights_alone():
+    """Samples do not move the levels then, and they lose more."""
+    model = wide()
+    aware, alone = (make(model, data_aware=aware).in_bytes() for aware in (True, False))
+    error = [output_change(model, f.model, feeds(model), threads=1) for f in (aware, alone)]
+    assert error[0] < error[1] < 0.01
 
 
 def test_curves_take_the_least_sum():

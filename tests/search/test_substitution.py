@@ -64,6 +64,16 @@ def test_plans_are_written_as_predicted(name):
     assert seen
 
 
+@pytest.mark.parametrize(("pads", "found"), [([1, 1], 1), ([2, 0], 0), ([0, 2], 0)])
+def test_a_kernel_that_looks_back_is_not_left_out(pads, found):
+    """Its middle is not at the output's own position, which is what is passed on."""
+    g = Graph(8, 12)
+    t = g.op("Conv", "x", g.w(8, 8, 3), pads=pads)
+    model = g.model(g.op("Conv", t, g.w(8, 8, 3), pads=[1, 1]))
+    options = SubstituteOperators(step=1).propose(Analysis(model)).options
+    assert len([option for option in options if option.form == "bypass"]) == found
+
+
 def test_a_convolution_is_left_out_where_the_next_can_do_its_work():
     """The first of each block: its loss is that of the network that the walk writes."""
     lab, losses = known("blocks")

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch", reason="the bridge needs PyTorch")
 
-from onnxcomp.errors import ParameterError, UnsupportedModelError
+from onnxcomp.errors import DataError, ParameterError, UnsupportedModelError
 from onnxcomp.evaluate import evaluate
 from onnxcomp.model import Model
 from onnxcomp.recipe import dump_recipe, load_recipe, resolve
@@ -121,9 +121,10 @@ def test_a_file_that_became_too_large_is_not_kept(monkeypatch) -> None:
     assert found.model.digest == plain.model.digest
 
 
-def test_what_cannot_be_tuned_stays_and_is_told(monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [UnsupportedModelError, DataError])
+def test_what_cannot_be_tuned_stays_and_is_told(monkeypatch, kind) -> None:
     def refuse(*_: object, **__: object) -> TuneResult:
-        raise UnsupportedModelError("the bridge to torch cannot express a node: LSTM 'a'")
+        raise kind("the bridge to torch cannot express a node: LSTM 'a'")
 
     monkeypatch.setattr(tuning, "tune", refuse)
     plain, found = run(PLAIN, macs=0.5), run(macs=0.5)
@@ -131,6 +132,17 @@ def test_what_cannot_be_tuned_stays_and_is_told(monkeypatch) -> None:
     assert "not tuned: the bridge to torch cannot express a node: LSTM 'a'" in (
         found.report.notes
     )
+
+
+def test_codebooks_stay_codebooks() -> None:
+    settings = replace(TUNED, methods=("remove_channels", "share_weights"), emit="codebook")
+    found = run(settings, macs=0.5)
+    plain = run(replace(settings, tune=False), macs=0.5)
+    assert any(note.startswith("tuned for") for note in found.report.notes)
+    assert found.model.digest != plain.model.digest
+    assert [n.op for n in found.model.nodes] == [n.op for n in plain.model.nodes]
+    sizes = [result.report.result.file_bytes for result in (found, plain)]
+    assert sizes[0] <= 1.05 * sizes[1]  # with longer names
 
 
 def test_an_interrupt_keeps_what_there_is(monkeypatch) -> None:
