@@ -256,6 +256,7 @@ class _Run:
 
         def check(share: float) -> None:
             progress("teacher: hold-out samples", share)
+            self._processes.check()
             if self._processes.total(deadline.passed):
                 raise TimeLimitReached
 
@@ -329,14 +330,16 @@ class _Run:
     def _epochs(
         self, phase: Distillation, store: Store, deadline: Deadline, given: int
     ) -> int:
-        """Return the epochs of a phase: those given, or what the time holds."""
-        if self._tuning.epochs is not None or math.isinf(deadline.left):
+        """Return the epochs of a phase: those given, of an earlier run, or what time holds."""
+        if self._tuning.epochs is not None:
             return given
         kept = self._processes.from_first(store.get("epochs", phase.phase))
         if kept is not None:
             return int(kept)
-        fitting = int(_FILLED * deadline.left / phase.epoch_seconds())
-        epochs = self._processes.from_first(min(max(fitting, 1), _MOST_EPOCHS))
+        epochs = given
+        if not math.isinf(deadline.left):
+            fitting = int(_FILLED * deadline.left / phase.epoch_seconds())
+            epochs = self._processes.from_first(min(max(fitting, 1), _MOST_EPOCHS))
         store.put("epochs", phase.phase, epochs)
         return int(epochs)
 

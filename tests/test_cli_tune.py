@@ -13,6 +13,7 @@ pytest.importorskip("torch", reason="the bridge needs PyTorch")
 
 from onnxcomp import load
 from onnxcomp.cli import tune as module
+from onnxcomp.loading import PACKED_MAGIC
 from onnxcomp.opening import Opened
 from onnxcomp.samples import load_samples
 from onnxcomp.tune import TuneResult
@@ -94,6 +95,13 @@ def test_a_tuned_model_is_written_and_told(here, files) -> None:
     )
     assert digest(here / "b.onnx") == digest(out)
     assert again.stderr == ""
+
+
+def test_a_packed_file_is_written_where_the_name_says_so(here, files) -> None:
+    for name in ("a.onnx", "a.onnxc"):
+        call(*arguments(files), "-o", here / name, "--epochs", "1")
+    assert (here / "a.onnxc").read_bytes().startswith(PACKED_MAGIC)
+    assert load(here / "a.onnxc").digest == load(here / "a.onnx").digest
 
 
 def test_nothing_better_is_said_and_ends_with_0(here, files) -> None:

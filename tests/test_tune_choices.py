@@ -99,3 +99,27 @@ def test_momentum_learns_too() -> None:
     assert result.after is not None
     assert result.after < result.before / GAIN
     assert result.model.digest != tuned(student, teacher).model.digest
+
+
+def test_a_resumed_run_keeps_its_number_of_epochs(tmp_path) -> None:
+    """Whether it began with a time limit or without: the learning rate falls over them."""
+    teacher = residual()
+    student = noisy(teacher)
+    limits = [600.0, None]
+    for name, (first, second) in {"with": limits, "without": limits[::-1]}.items():
+        seen: list[set[str]] = []
+        for limit, last in ((first, 2), (second, 4)):
+            numbers: set[str] = set()
+
+            def stop(
+                label: str, _: float, last: int = last, found: set[str] = numbers
+            ) -> None:
+                if ", epoch " in label:
+                    found.add(label.split(" of ")[1].split(",")[0])
+                if f"epoch {last} of" in label:
+                    raise KeyboardInterrupt
+
+            options = {"epochs": None, "time_limit": limit, "resume": tmp_path / name}
+            assert tuned(student, teacher, progress=stop, **options).interrupted
+            seen.append(numbers)
+        assert seen[0] == seen[1]

@@ -144,6 +144,7 @@ class Distillation:
         saved = time.monotonic()
         progress(self._label(), self._step / self.steps)
         while self._step < self.steps and not self._is_stale():
+            self._processes.check()
             if self._processes.total(late()):
                 save(self.state())
                 self._look()  # is in no state: going on gives the same as undisturbed

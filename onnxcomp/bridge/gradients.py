@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -92,8 +92,9 @@ class _Loss:
     """The mean loss of the samples of one run."""
 
     def __init__(self, model: Model, module: GraphModule, samples: Samples, seed: int) -> None:
-        first = next(samples.batches(model.signature.inputs, _FEW)).feed
-        facts = capture_tensors(model, first)
+        few = samples.take(range(min(_FEW, samples.count)))
+        feeds = [batch.feed for batch in few.batches(model.signature.inputs, 1)]
+        facts = capture_tensors(model, feeds[0])
         self._module = module
         self._names = raw_outputs(model, facts)
         self._scores, self._labels = None, None
@@ -103,12 +104,13 @@ class _Loss:
                 check_labels(samples.labels, classes)
                 self._labels = samples.labels
         with torch.no_grad():
-            found = module({n: as_tensor(a) for n, a in first.items()}, self._names)
-        self._deviations = {n: float(value.std()) or 1.0 for n, value in found.items()}
+            found = [module(_tensors(feed), self._names) for feed in feeds]
+        spread = {n: torch.cat([v[n].flatten() for v in found]) for n in self._names}
+        self._deviations = {n: float(v.std(correction=0)) or 1.0 for n, v in spread.items()}
         self._noise = torch.Generator().manual_seed(seed)
 
     def of(self, feed: Batch) -> Tensor:
-        tensors = {name: as_tensor(array) for name, array in feed.feed.items()}
+        tensors = _tensors(feed.feed)
         if self._scores is not None:
             scores = self._module(tensors, [self._scores])[self._scores]
             return self._cross_entropy(scores[: feed.count].flatten(1), feed)
@@ -132,6 +134,10 @@ class _Loss:
         """Return the squared change of values against themselves shifted by noise."""
         noise = torch.randn(value.shape, generator=self._noise, dtype=value.dtype)
         return functional.mse_loss(value, value.detach() + deviation * noise) / deviation**2
+
+
+def _tensors(feed: Mapping[str, Array]) -> dict[str, Tensor]:
+    return {name: as_tensor(array) for name, array in feed.items()}
 
 
 def _rows(value: Tensor, feed: Batch) -> Tensor:

@@ -110,7 +110,7 @@ def inverted(
     Args:
         model: A prepared model, its BatchNormalization in place.
         scores: Tensor of class scores of shape (N, K), or with axes of length 1; None where
-            there are no classes.
+            there are no classes.  Without one row per image it is left out.
         seed: Seed of the noise and of the classes.
         threads: Threads of torch, at least 1.
         memory: Bytes that activations may take, about.
@@ -229,6 +229,8 @@ class _Network:
         entropy = places.new_zeros(())
         for name in scores:
             flat = values[name].flatten(1)
+            if len(flat) != len(places):  # such as those of all boxes of all images
+                continue
             entropy = functional.cross_entropy(flat, (places * flat.shape[1]).long())
         return [*found, entropy]
 

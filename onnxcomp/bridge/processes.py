@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +24,17 @@ class Processes:
     Attributes:
         rank: Number of this process, from 0.
         count: Number of all.
+        interrupts: Signals of Ctrl-C that wait for the next `check`.
     """
 
     rank: int = 0
     count: int = 1
+    interrupts: list[int] = field(default_factory=list, kw_only=True)
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt in all processes at once if Ctrl-C came to one of them."""
+        if self.total(len(self.interrupts)):
+            raise KeyboardInterrupt
 
     def share(self, size: int) -> range:
         """Return the positions of a batch that are this process's."""
@@ -70,7 +79,22 @@ def joined() -> Iterator[Processes]:
         yield ALONE
         return
     distributed.init_process_group("gloo")
+    processes = Processes(distributed.get_rank(), count)
     try:
-        yield Processes(distributed.get_rank(), count)
+        with _deferred(processes.interrupts):
+            yield processes
     finally:
         distributed.destroy_process_group()
+
+
+@contextmanager
+def _deferred(interrupts: list[int]) -> Iterator[None]:
+    """Let Ctrl-C wait: a process that ends between two sums leaves the others in the next."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.analysis.target import TARGETS, Target
 from onnxcomp.bridge.branches import Branch, find_branches, working_graph, written
 from onnxcomp.bridge.module import GraphModule
@@ -89,6 +90,11 @@ class Selection:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ParameterError.of("Selection", name, "at least 0", value)
+        if self.batch < 1:
+            raise ParameterError.of("Selection", "batch", ">= 1", self.batch)
+        for name in ("learning_rate", "gate_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ParameterError.of("Selection", name, "> 0", getattr(self, name))
         if self.target is not None and not 0 < self.target <= 1:
             raise ParameterError.of("Selection", "target", "above 0, at most 1", self.target)
 
@@ -237,8 +243,8 @@ def search(
         samples: Unlabelled samples; the model's own outputs on them are what is learnt.
         selection: How to choose.
         operators: Which operators to choose from; all that are legal if None.
-        outputs: Tensors whose change counts, such as those in front of Softmax; the graph's
-            outputs if none are given.
+        outputs: Tensors whose change counts; the raw outputs, in front of Softmax and Sigmoid,
+            if none are given.
         target: Whose latency model predicts seconds.
         progress: Called with a label and the share of the steps that is done.
 
@@ -255,7 +261,7 @@ def search(
         for node, branches in find_branches(facts, samples, operators, target).items()
     }
     net = Supernet(work, choices)
-    names = tuple(outputs) or net.output_names
+    names = tuple(outputs) or raw_outputs(work, facts.tensors)
     examples = Examples(samples, predict(extract(work, (), names), samples))
     objective = Objective(work, net, examples, selection.batch)
     training = _Training(net, objective, examples, selection, progress)
@@ -302,7 +308,8 @@ class _Training:
         selection, net = self._selection, self._net
         alphas = {id(alpha) for alpha in net.alphas}
         weights = [p for p in net.parameters() if id(p) not in alphas]
-        self._stage("warm-up", selection.warm_up, net.substitutes, self._try_paths)
+        if net.substitutes:  # pools and skips have no weights
+            self._stage("warm-up", selection.warm_up, net.substitutes, self._try_paths)
         self._fix(lambda choice: None)
         self._stage("search", selection.epochs, weights, lambda: None, gates=True)
         self._fix(lambda choice: choice.active)

@@ -10,6 +10,8 @@ import typer
 from rich.console import Group
 from rich.table import Table
 
+from onnxcomp import codec
+from onnxcomp.cli.compress import PACKED_SUFFIX
 from onnxcomp.cli.options import Preprocess, Quiet, Resume, Seed, Threads, TimeLimit
 from onnxcomp.cli.output import complain, emit, inputs_of, stderr, warn
 from onnxcomp.loading import load, write_model
@@ -26,7 +28,9 @@ Data = Annotated[
     Path,
     typer.Option("--data", metavar="PATH", help="Samples: .npz, a folder of .npy, or images."),
 ]
-Out = Annotated[Path, typer.Option("-o", metavar="OUT", help="The file to write.")]
+Out = Annotated[
+    Path, typer.Option("-o", metavar="OUT", help="The file to write, .onnx or .onnxc.")
+]
 Epochs = Annotated[
     int | None,
     typer.Option(min=1, help="Passes over the samples [20, or what time holds]."),
@@ -106,8 +110,11 @@ def tune(
 
 def _deliver(result: TuneResult, out: Path, inputs: Iterable[Path]) -> None:
     """Write and print what tuning gave, and tell by the exit code how it ended."""
-    proto = result.model.to_proto(external=True)
-    write_model(proto, out, inputs=inputs, external=result.model.weights)
+    if out.suffix == PACKED_SUFFIX:
+        codec.pack(result.model, out, inputs=inputs)
+    else:
+        proto = result.model.to_proto(external=True)
+        write_model(proto, out, inputs=inputs, external=result.model.weights)
     emit(None, {}, _view(result))
     for note in result.notes:
         complain(f"note: {note}")

@@ -115,3 +115,23 @@ def test_labels_that_are_no_classes():
     model = classifier()
     with pytest.raises(DataError, match="labels go from 9"):
         mean_gradients(model, Samples(inputs(model, COUNT), np.full(COUNT, 9)))
+
+
+def test_a_single_number_per_run_has_gradients():
+    """Whether its samples come one by one, as a declared batch of 1 makes them, or there is
+    but one."""
+    g = Graph(3, 6, 6)
+    t = g.op("Relu", g.conv("x", 3, 8))
+    model = g.model(g.op("Gemm", g.mean(t), g.w(8, 1), g.w(1)))
+    proto = model.to_proto()
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    del proto.graph.value_info[:]
+    arrays = inputs(model, COUNT)
+    open_, fixed = (
+        mean_gradients(m, Samples(arrays)) for m in (model, Model.from_proto(proto))
+    )
+    one = mean_gradients(model, Samples({name: a[:1] for name, a in arrays.items()}))
+    for found in (open_, fixed, one):
+        assert all(np.all(np.isfinite(array)) for array in found.values())
+        assert max(np.abs(array).max() for array in found.values()) > 0

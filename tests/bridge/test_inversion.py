@@ -234,3 +234,15 @@ def out_of_reach() -> Model:
 def test_refusals_say_why(make, reason):
     with pytest.raises(UnsupportedModelError, match=reason):
         inverted(make(), None)
+
+
+def test_scores_of_boxes_are_no_classes_of_images(monkeypatch):
+    monkeypatch.setattr(inversion, "_STEPS", 2)
+    monkeypatch.setattr(inversion, "_CLOSE", 1e6)
+    monkeypatch.setattr(inversion, "_BATCHES", 1)
+    g = Graph(3, 16, 16)
+    t = g.conv(g.op("Relu", g.bn(g.conv("x", 3, 8), 8)), 8, 8)
+    scores = g.op("Reshape", g.op("Transpose", t, perm=[0, 2, 3, 1]), g.ints(-1, 4))
+    model = g.model(scores)
+    found, plain_ = (inverted(model, name).arrays["x"] for name in (scores, None))
+    assert np.array_equal(found, plain_)

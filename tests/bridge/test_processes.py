@@ -1,8 +1,11 @@
 """Several processes give what one gives: the loop in threads, and `torchrun` itself."""
 
+import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,7 +66,10 @@ class Together(Processes):
 
 
 def trained(
-    processes: Processes, settings: Training = SETTINGS, rows: int = 21
+    processes: Processes,
+    settings: Training = SETTINGS,
+    rows: int = 21,
+    progress: Callable[[str, float], None] = lambda *_: None,
 ) -> Distillation:
     model = wide(classes=True)
     module = to_torch(model)
@@ -72,7 +78,7 @@ def trained(
     found = Distillation(
         module, objective, Fixed(fit), objective, held, settings, processes=processes
     )
-    found.run(late=lambda: False, progress=lambda *_: None, save=lambda _: None)
+    found.run(late=lambda: False, progress=progress, save=lambda _: None)
     return found
 
 
@@ -80,7 +86,7 @@ def together(count: int, **options) -> list[Distillation]:
     meeting, found = Meeting(count), {}
 
     def work(rank: int) -> None:
-        found[rank] = trained(Together(rank, count, meeting), **options)
+        found[rank] = trained(Together(rank, count, meeting=meeting), **options)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(count)]
     for thread in threads:
@@ -110,6 +116,29 @@ def test_the_tolerance_bites() -> None:
     """Of each step only one process's share, as if nothing were added up."""
     alone, part = trained(ALONE), trained(Processes(0, 1), rows=11)
     assert part.best_loss != pytest.approx(alone.best_loss, rel=10 * CLOSE)
+
+
+def test_an_interrupt_of_one_ends_all_at_the_same_step() -> None:
+    """One that ended alone would leave the others waiting for what it adds."""
+    meeting, steps = Meeting(2), {0: 0, 1: 0}
+
+    def work(rank: int) -> None:
+        processes = Together(rank, 2, meeting=meeting)
+
+        def count(*_: object) -> None:
+            steps[rank] += 1
+            if (rank, steps[rank]) == (1, 4):
+                processes.interrupts.append(signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            trained(processes, progress=count)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert steps == {0: 4, 1: 4}
 
 
 def test_shares_are_a_partition() -> None:
@@ -152,3 +181,36 @@ def test_torchrun_writes_what_one_process_writes(tmp_path: Path, blocks: str) ->
     again, _ = tuned(several, "again.onnx", "--resume", "state")
     for name, array in two.items():
         assert np.array_equal(again[name], array)
+
+
+@pytest.mark.heavy
+def test_torchrun_writes_the_best_when_it_is_interrupted(tmp_path: Path) -> None:
+    teacher = wide(classes=True)
+    teacher.save(tmp_path / "teacher.onnx")
+    noisy(teacher).save(tmp_path / "student.onnx")
+    np.savez(tmp_path / "samples.npz", **inputs(teacher, 48))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "onnxcomp", "tune", "student.onnx"]
+    command += ["--teacher", "teacher.onnx", "--data", "samples.npz", "-o", "out.onnx"]
+    command += ["--epochs", "100000", "--resume", "state"]
+    with (tmp_path / "told").open("w") as told:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=told, stderr=told, preexec_fn=_heeds_interrupts
+        )
+        try:
+            end = time.monotonic() + 120
+            while not list(tmp_path.glob("state/*.entry")) and time.monotonic() < end:
+                time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+        finally:
+            process.kill()
+    found = (tmp_path / "told").read_text()
+    assert "interrupted; the best so far is in out.onnx" in found
+    start = load(tmp_path / "student.onnx").weights
+    after = load(tmp_path / "out.onnx").weights
+    assert any(not np.array_equal(after[name], array) for name, array in start.items())
+
+
+def _heeds_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

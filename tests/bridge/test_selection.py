@@ -220,3 +220,31 @@ def test_what_is_refused(samples):
     dense = g.model(g.op("MatMul", "x", g.w(8, 8)))
     with pytest.raises(UnsupportedModelError, match="no convolution"):
         search(dense, random_inputs(dense, 4))
+
+
+def test_operators_without_weights_are_chosen_from_too(samples):
+    few = SubstituteOperators(("average_pool", "skip"), step=1)
+    quick = Selection(warm_up=1, epochs=3, tuning=0, batch=8, factor=1e4)
+    found = search(network(), samples, quick, operators=few)
+    assert {option.form for option in found.plan.values()} <= {"average_pool", "skip"}
+    assert found.share < 1
+
+
+def test_outputs_of_integers_stand_for_the_floats_they_are_made_of(samples):
+    g = Graph(3, 8, 8)
+    t = g.op("Relu", g.bn(g.conv("x", 3, 8), 8))
+    t = g.op("Gemm", g.mean(g.op("Relu", g.conv(t, 8, 8))), g.w(8, 5), g.w(5))
+    model = g.model(g.op("ArgMax", t, axis=1))
+    quick = Selection(warm_up=0, epochs=1, tuning=0)
+    found, named = (
+        search(model, samples, quick, operators=FEW, outputs=names) for names in ((), (t,))
+    )
+    assert found.loss == named.loss
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch": 0}, {"learning_rate": 0.0}, {"gate_rate": float("nan")}], ids=str
+)
+def test_settings_outside_their_range_are_refused(wrong):
+    with pytest.raises(ParameterError, match=next(iter(wrong))):
+        Selection(**wrong)
