@@ -27,8 +27,9 @@ class Structure:
 
     Exact zeros of a kernel or matrix stay where they are more than 1 % of it.  Where it has
     at most 256 values, two of them not zero, each for 20 elements or more in the mean, each
-    value but zero is trained as one number: elements that are equal stay equal.  Vectors are
-    left out: biases begin at zero without having been pruned.
+    value but zero is trained as one number: elements that are equal stay equal.  Of vectors
+    only a lone zero stays, which a codebook that indices read has for what was pruned; the
+    zeros of biases are many, and none of them was pruned.
 
     Args:
         weights: The weights, on the device where they are trained.
@@ -38,10 +39,12 @@ class Structure:
         self._kept: dict[int, Tensor] = {}
         self._codebooks: dict[int, _Codebook] = {}
         for index, weight in enumerate(weights):
-            if weight.dim() < 2:
-                continue
             value = weight.detach()
             zero = value == 0
+            if value.dim() < 2:
+                if torch.count_nonzero(zero) == 1 < value.numel():
+                    self._kept[index] = ~zero
+                continue
             codebook = _codebook(value)
             if codebook is not None:
                 self._codebooks[index] = codebook

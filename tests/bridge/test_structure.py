@@ -47,6 +47,13 @@ def same_groups(before: np.ndarray, after: np.ndarray) -> bool:
     return equal and bool(np.all(after[before == 0] == 0))
 
 
+def test_the_lone_zero_of_a_codebook_stays_and_those_of_a_bias_do_not() -> None:
+    book, bias = np.array([-0.5, 0.0, 0.25], np.float32), np.zeros(4, np.float32)
+    assert list(trained(book) == 0) == [False, True, False]
+    assert np.all(trained(book, kept=False) != 0)
+    assert np.all(trained(bias) != 0)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("values", [[-0.5, 0.0, 0.25], [1.0, 2.0, 3.0], [0.0, 0.1, 0.2, 0.3]])
 def test_codebooks_stay_codebooks(optimizer: str, values: list[float]) -> None:
