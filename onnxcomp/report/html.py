@@ -209,7 +209,7 @@ def _actions(report: Report) -> str:
     ]
     header = ["method|", "where", "what", "loss>", "share of MACs>"]
     share = percent(report.changed_macs)
-    line = f"<p>{share} of the original's MACs are in changed nodes.</p>"
+    line = f"<p>{share} of the original's MACs are in reshaped nodes.</p>"
     return (
         line
         + _folded(f"{len(rows)} actions", _table(header, rows))

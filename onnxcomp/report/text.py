@@ -122,7 +122,7 @@ def report_view(report: Report) -> RenderableType:
     ]
     parts.append(_actions(report.actions, report.original.macs))
     parts.append(
-        Text(f"{percent(report.changed_macs)} of the original's MACs are in changed nodes")
+        Text(f"{percent(report.changed_macs)} of the original's MACs are in reshaped nodes")
     )
     parts += _refusals(report.refusals)
     parts += [Text(f"limit not met: {line}", "bold red") for line in unmet_limits(report)]

@@ -34,7 +34,7 @@ def test_report_compares_all_figures():
     ):
         assert any(all(cell in line for cell in row) for line in text.splitlines()), row
     assert "top1: 0.9800 -> 0.9700, drop +0.0100" in text
-    assert "80.0 % of the original's MACs are in changed nodes" in text
+    assert "80.0 % of the original's MACs are in reshaped nodes" in text
 
 
 def test_names_are_shown_as_they_are():
