@@ -32,7 +32,6 @@ BLOCKS = ("added", "auto", "first", "off")
 _GATE_SAMPLES = 4  # on which torch must give what onnxruntime gives
 _LOOKED_AT = 16  # samples on which model and teacher are matched
 _SCALED_ON = 128  # samples of which the variances of outputs are taken
-_HALF_TOLERANCE = 1e-2  # relative L2 of graphs that onnxruntime computes in half precision
 _EPOCHS = 20  # where nothing bounds them
 _MOST_EPOCHS = 1000  # that a time limit is filled with
 _FAR = 0.1  # squared change relative to the variance, from which blocks learn alone first
@@ -183,7 +182,7 @@ class _Run:
         processes: Processes,
     ) -> None:
         from onnxcomp.bridge import check_equal, to_torch
-        from onnxcomp.bridge.equality import TOLERANCE
+        from onnxcomp.bridge.equality import tolerance_of
         from onnxcomp.bridge.training import Training, check_device
 
         check_device(tuning.device)
@@ -206,7 +205,7 @@ class _Run:
         self._module: GraphModule = to_torch(model)
         fit, self._held = samples.split(training.seed)
         self._few = self._held.take(range(min(_GATE_SAMPLES, self._held.count)))
-        self._tolerance = _HALF_TOLERANCE if _is_half(model) else TOLERANCE
+        self._tolerance = tolerance_of(model)
         check_equal(self._module, model, self._few, tolerance=self._tolerance)
         self._scaled_on = fit.take(range(min(_SCALED_ON, fit.count)))
         looked = fit.take(range(min(_LOOKED_AT, fit.count)))
@@ -375,7 +374,3 @@ def _class_scores(model: Model, samples: Samples, labels: Array) -> tuple[str, i
         raise DataError("tune: no output is class scores of shape (N, K); leave labels out")
     check_labels(labels, found[1])
     return found
-
-
-def _is_half(model: Model) -> bool:
-    return any(a.dtype.name in ("float16", "bfloat16") for a in model.weights.values())

@@ -78,6 +78,11 @@ class Analysis:
         """Every reader of every initializer."""
         return find_owners(self.model)
 
+    def shared_weight(self, linear: Linear) -> str:
+        """Return that a linear node's weight has other readers as well, or ""."""
+        readers = len(self.model.readers[linear.weight])
+        return f"its weight '{linear.weight}' is shared by {readers} readers" * (readers > 1)
+
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """The residual blocks, with their stages."""

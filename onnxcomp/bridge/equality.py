@@ -18,10 +18,17 @@ from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples
 
 TOLERANCE = 1e-5  # relative L2; float32 rounding of deep networks is below 5e-6
+_HALF_TOLERANCE = 1e-2  # relative L2 of graphs that onnxruntime computes in half precision
 _RANDOM_COUNT = 3
 _ROWS = 2  # samples of a run where the batch is open
 _SIGMOID_ERROR = 2.0**-22  # of onnxruntime's Sigmoid, which is 0 below -18
 _MOVES = ("Concat", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+
+
+def tolerance_of(model: Model) -> float:
+    """Return the relative L2 up to which a module computes what onnxruntime does."""
+    half = any(a.dtype.name in ("float16", "bfloat16") for a in model.weights.values())
+    return _HALF_TOLERANCE if half else TOLERANCE
 
 
 def check_equal(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from onnxcomp.analysis.outputs import class_scores, raw_outputs
-from onnxcomp.bridge.equality import TOLERANCE, check_equal
+from onnxcomp.bridge.equality import check_equal, tolerance_of
 from onnxcomp.bridge.module import GraphModule, to_torch
 from onnxcomp.bridge.objective import check_labels
 from onnxcomp.bridge.plan import as_tensor
@@ -23,7 +23,6 @@ from onnxcomp.samples import Batch, Samples
 _BATCH = 32
 _PIXELS = 2**19  # of all images of a batch together
 _FEW = 4  # samples on which torch must give what onnxruntime gives
-_HALF_TOLERANCE = 1e-2  # relative L2 of graphs that onnxruntime computes in half precision
 
 
 def mean_gradients(
@@ -63,8 +62,7 @@ def mean_gradients(
         if not weights:
             return {}
         few = samples.take(range(min(_FEW, samples.count)))
-        half = any(a.dtype.name in ("float16", "bfloat16") for a in model.weights.values())
-        check_equal(module, model, few, tolerance=_HALF_TOLERANCE if half else TOLERANCE)
+        check_equal(module, model, few, tolerance=tolerance_of(model))
         loss = _Loss(model, module, samples, seed)
         sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
         for feed in _feeds(model, samples, 1 if squared else _BATCH):

@@ -355,7 +355,7 @@ class _Training:
                 chosen = order[step * size : (step + 1) * size].tolist()
                 total += len(chosen) / count * self._backward(chosen)
                 if gates:
-                    self._penalty().backward()  # type: ignore[no-untyped-call]
+                    self._penalty().backward()  # type: ignore[no-untyped-call]  # as below
                     _limit(net.alphas)
                     gating.step()
                 nn.utils.clip_grad_norm_(weights, _CLIP)
@@ -368,7 +368,7 @@ class _Training:
         """Add the gradients of the change of the outputs on some samples; return it."""
         total = 0.0
         for share, loss in self._objective.parts(self._net, self._examples.take(chosen)):
-            (share * loss).backward()  # type: ignore[no-untyped-call]
+            (share * loss).backward()  # type: ignore[no-untyped-call]  # torch has no types there
             total += share * loss.item()
         return total
 

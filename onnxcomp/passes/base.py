@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
@@ -116,6 +116,25 @@ class NodePass(Pass, Protocol):
     ) -> tuple[Arrays, Array]:
         """Solve one option's kernels; return them and the dense kernel that equals them."""
         ...
+
+
+def node_proposal(
+    facts: Analysis, options: Callable[[Analysis, Linear], tuple[Sequence[Option], str]]
+) -> Proposal:
+    """Return what is proposed node by node.
+
+    Args:
+        facts: The model.
+        options: Returns the options of a linear node, and why there are none or "".
+    """
+    found: list[Option] = []
+    refusals = [Refusal(node, reason) for node, reason in facts.not_linear.items()]
+    for linear in facts.linears.values():
+        own, reason = options(facts, linear)
+        found += own
+        if reason:
+            refusals.append(Refusal(linear.id, reason))
+    return Proposal(tuple(found), tuple(refusals))
 
 
 def run_exact(pass_: Pass, facts: Analysis) -> tuple[Model, Proposal]:

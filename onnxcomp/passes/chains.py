@@ -12,11 +12,19 @@ from onnxcomp.analysis.target import Convolution
 from onnxcomp.model import Array
 
 if TYPE_CHECKING:
+    from onnxcomp.analysis import Analysis
     from onnxcomp.draft import Draft
 
 Shape = tuple[int, int, int, int]
 Step = tuple[str, dict[str, Any]]  # operator and attributes
 _GEMM_WITHOUT_BIAS = 11  # first opset in which the bias of a Gemm is optional
+
+
+def reason_to_stay(facts: Analysis, linear: Linear) -> str:
+    """Return why a node cannot become other nodes, or ""."""
+    if linear.groups > 1:
+        return "depthwise" if linear.depthwise else f"{linear.groups} groups"
+    return facts.shared_weight(linear)
 
 
 def kernel_shape4(linear: Linear, out_channels: int, in_channels: int) -> Shape:

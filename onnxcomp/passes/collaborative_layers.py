@@ -23,7 +23,7 @@ from onnxcomp.numerics.collaborative import (
 )
 from onnxcomp.numerics.svd import FORMS
 from onnxcomp.passes.base import Refusal
-from onnxcomp.passes.chains import convolutions, kernel_shape4
+from onnxcomp.passes.chains import convolutions, kernel_shape4, reason_to_stay
 
 if TYPE_CHECKING:
     from onnxcomp.analysis import Analysis
@@ -264,14 +264,8 @@ def _units(linear: Linear, array: Array) -> Array:
 
 def _reason(facts: Analysis, linear: Linear, inner: Collection[str]) -> str:
     """Return why a node is no layer of the method, or ""."""
-    if linear.groups > 1:
-        return "depthwise" if linear.depthwise else f"{linear.groups} groups"
-    readers = len(facts.model.readers[linear.weight])
-    if readers > 1:
-        return f"its weight '{linear.weight}' is shared by {readers} readers"
-    if linear.id not in inner:
-        return "it is a first or a last layer, which the method leaves as they are"
-    return ""
+    outer = "it is a first or a last layer, which the method leaves as they are"
+    return reason_to_stay(facts, linear) or outer * (linear.id not in inner)
 
 
 def _inner(facts: Analysis) -> set[str]:

@@ -20,13 +20,14 @@ from onnxcomp.errors import ParameterError
 from onnxcomp.model import Array
 from onnxcomp.numerics.factorization import PatchMetric
 from onnxcomp.numerics.svd import FORMS
-from onnxcomp.passes.base import Arrays, Need, Option, Proposal, Refusal
+from onnxcomp.passes.base import Arrays, Need, Option, Proposal, node_proposal
 from onnxcomp.passes.chains import (
     chain_steps,
     convolutions,
     expressible,
     from_plane,
     kernel_shape4,
+    reason_to_stay,
     to_plane,
     write_chain,
 )
@@ -65,21 +66,11 @@ class Factorize:
 
     def propose(self, facts: Analysis, /) -> Proposal:
         """Return every form and rank that saves parameters, and refusals for other nodes."""
-        options: list[Option] = []
-        refusals = [Refusal(node, reason) for node, reason in facts.not_linear.items()]
-        for linear in facts.linears.values():
-            found, reason = self._options(facts, linear)
-            options += found
-            if reason:
-                refusals.append(Refusal(linear.id, reason))
-        return Proposal(tuple(options), tuple(refusals))
+        return node_proposal(facts, self._options)
 
     def _options(self, facts: Analysis, linear: Linear) -> tuple[list[Option], str]:
-        if linear.groups > 1:
-            return [], "depthwise" if linear.depthwise else f"{linear.groups} groups"
-        readers = len(facts.model.readers[linear.weight])
-        if readers > 1:
-            return [], f"its weight '{linear.weight}' is shared by {readers} readers"
+        if reason := reason_to_stay(facts, linear):
+            return [], reason
         shape = kernel_shape4(linear, linear.out_channels, linear.in_channels)
         saving = slow = 0
         options = []

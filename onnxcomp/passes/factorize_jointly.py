@@ -35,13 +35,13 @@ from onnxcomp.passes.chains import (
     expressible,
     from_plane,
     kernel_shape4,
+    reason_to_stay,
     write_chain,
 )
 from onnxcomp.passes.joint_groups import (
     Group,
     PaperRule,
     by_name,
-    reason_to_stay,
     repeated_groups,
 )
 

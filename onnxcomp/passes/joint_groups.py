@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from onnxcomp.analysis.blocks import name_of_place
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.errors import ParameterError
-from onnxcomp.passes.chains import Shape, kernel_shape4
+from onnxcomp.passes.chains import Shape, kernel_shape4, reason_to_stay
 
 if TYPE_CHECKING:
     from onnxcomp.analysis import Analysis
@@ -115,16 +115,6 @@ def repeated_groups(facts: Analysis) -> tuple[Group, ...]:
                 name = f"{repetition.name} {start + 1}-{start + len(part)}"
                 found.append(Group(name, part, repetition.name))
     return tuple(found)
-
-
-def reason_to_stay(facts: Analysis, linear: Linear) -> str:
-    """Return why a node cannot take common factors, or ""."""
-    if linear.groups > 1:
-        return "depthwise" if linear.depthwise else f"{linear.groups} groups"
-    readers = len(facts.model.readers[linear.weight])
-    if readers > 1:
-        return f"its weight '{linear.weight}' is shared by {readers} readers"
-    return ""
 
 
 def by_name(groups: Sequence[Group]) -> Mapping[str, Group]:

@@ -56,9 +56,7 @@ class PruneWeights:
         options: dict[Option, None] = {}
         refusals = [Refusal(node, reason) for node, reason in facts.not_linear.items()]
         for linear in facts.linears.values():
-            readers = len(facts.model.readers[linear.weight])
-            if readers > 1:
-                reason = f"its weight '{linear.weight}' is shared by {readers} readers"
+            if reason := facts.shared_weight(linear):
                 refusals.append(Refusal(linear.id, reason))
                 continue
             kernel = linear.kernel(facts.model.weights[linear.weight])

@@ -76,9 +76,7 @@ class ShareWeights:
         """Return the quantizers and levels of every target, and refusals for other nodes."""
         refusals = [Refusal(node, reason) for node, reason in facts.not_linear.items()]
         for linear in facts.linears.values():
-            readers = len(facts.model.readers[linear.weight])
-            if readers > 1:
-                reason = f"its weight '{linear.weight}' is shared by {readers} readers"
+            if reason := facts.shared_weight(linear):
                 refusals.append(Refusal(linear.id, reason))
         options = [
             Option(self.name, target, quantizer, (levels,))

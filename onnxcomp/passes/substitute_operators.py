@@ -34,7 +34,8 @@ from onnxcomp.errors import ParameterError
 from onnxcomp.model import Array
 from onnxcomp.numerics.factorization import PatchMetric, squared_error
 from onnxcomp.numerics.substitution import restricted, separable, spread
-from onnxcomp.passes.base import Arrays, Need, Option, Proposal, Refusal
+from onnxcomp.passes.base import Arrays, Need, Option, Proposal, node_proposal
+from onnxcomp.passes.chains import reason_to_stay
 from onnxcomp.passes.windows import cropped, reads_middle, window_of
 
 if TYPE_CHECKING:
@@ -77,23 +78,13 @@ class SubstituteOperators:
 
     def propose(self, facts: Analysis, /) -> Proposal:
         """Return every legal operator that saves work, and refusals for other nodes."""
-        options: list[Option] = []
-        refusals = [Refusal(node, reason) for node, reason in facts.not_linear.items()]
-        for linear in facts.linears.values():
-            found, reason = self._options(facts, linear)
-            options += found
-            if reason:
-                refusals.append(Refusal(linear.id, reason))
-        return Proposal(tuple(options), tuple(refusals))
+        return node_proposal(facts, self._options)
 
     def _options(self, facts: Analysis, linear: Linear) -> tuple[list[Option], str]:
         if linear.node.op != "Conv":
             return [], f"{linear.node.op} is no convolution"
-        if linear.groups > 1:
-            return [], "depthwise" if linear.depthwise else f"{linear.groups} groups"
-        readers = len(facts.model.readers[linear.weight])
-        if readers > 1:
-            return [], f"its weight '{linear.weight}' is shared by {readers} readers"
+        if reason := reason_to_stay(facts, linear):
+            return [], reason
         alone = next_linear(facts, linear) is None
         forms = [form for form in self.forms if form != BYPASS or not alone]
         sizes = [(form, size) for form in forms for size in _sizes(form, linear)]

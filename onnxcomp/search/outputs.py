@@ -8,7 +8,7 @@ import numpy as np
 
 from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.model import Array, Model, extract
-from onnxcomp.runtime import Session, TensorFact
+from onnxcomp.runtime import Session, TensorFact, capture_tensors
 
 
 class OutputError:
@@ -76,3 +76,20 @@ class OutputMeter:
         session = Session(Model(self._part.skeleton, own), threads=self._threads)
         for feed in self._batches:
             yield session.run({n: feed[n] for n in session.input_names})
+
+
+def raw_runs(
+    model: Model, batches: Sequence[Mapping[str, Array]], *, threads: int
+) -> Iterator[dict[str, Array]]:
+    """Yield the raw outputs by their number, as their names may differ between models.
+
+    Args:
+        model: The model.
+        batches: Samples, one feed per batch.
+        threads: Threads of the session.
+    """
+    names = raw_outputs(model, capture_tensors(model, batches[0]))
+    session = Session(extract(model, (), names), threads=threads)
+    for feed in batches:
+        found = session.run({n: feed[n] for n in session.input_names})
+        yield {str(index): found[name] for index, name in enumerate(names)}

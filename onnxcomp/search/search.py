@@ -21,11 +21,11 @@ from onnxcomp.search.adaptation import Adapted
 from onnxcomp.search.allocation import Allocator
 from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.losses import Losses, LossMeter
-from onnxcomp.search.outputs import OutputMeter
+from onnxcomp.search.outputs import OutputError, OutputMeter, raw_runs
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.sharing import JointLosses, Sharing
 from onnxcomp.search.space import Plan, Space
-from onnxcomp.search.storage import Storage, output_change, written_bytes
+from onnxcomp.search.storage import Storage, written_bytes
 from onnxcomp.search.store import Store
 from onnxcomp.search.walk import Walk
 from onnxcomp.search.working import finish
@@ -319,8 +319,13 @@ class Search:
 
     def change(self, model: Model) -> float:
         """Return how far a model's raw outputs are from the original's, on the hold-out."""
-        plain = self.nothing.model
-        return output_change(plain, model, self._holdout, threads=self._settings.threads)
+        runs = raw_runs(model, self._holdout, threads=self._settings.threads)
+        return self._original_outputs.of(runs)
+
+    @cached_property
+    def _original_outputs(self) -> OutputError:
+        plain, threads = self.nothing.model, self._settings.threads
+        return OutputError(list(raw_runs(plain, self._holdout, threads=threads)))
 
     def describe(self, plan: Plan) -> tuple[tuple[Action, ...], int]:
         """Return what a plan does, in words, and the MACs of all nodes that it changes."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,17 +25,16 @@ from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.analysis.stream import Feeds
 from onnxcomp.codec import packed_bytes
 from onnxcomp.errors import DataError
-from onnxcomp.model import Array, Model, extract
+from onnxcomp.model import Array, Model
 from onnxcomp.numerics.interpolation import Curve
 from onnxcomp.numerics.rounding import Rounded, Rounder
 from onnxcomp.passes.base import Refusal, run_exact
 from onnxcomp.passes.emit_codebook import EmitCodebook
 from onnxcomp.passes.share_weights import ShareWeights
 from onnxcomp.report import Action
-from onnxcomp.runtime import Session, capture_tensors
 from onnxcomp.samples import Samples
 from onnxcomp.search.deadline import Progress, TimeLimitReached
-from onnxcomp.search.outputs import OutputError, OutputMeter
+from onnxcomp.search.outputs import OutputMeter
 from onnxcomp.search.refits import like_bias
 from onnxcomp.search.twins import Twins
 from onnxcomp.search.working import finish, prepare, working_model
@@ -329,30 +328,3 @@ def without_codebook(model: Model, emit: str) -> tuple[Refusal, ...]:
     if emit != "codebook":
         return ()
     return EmitCodebook().propose(Analysis(model)).refusals
-
-
-def output_change(
-    original: Model, model: Model, batches: Sequence[Feeds], *, threads: int
-) -> float:
-    """Return the squared change of the raw outputs relative to their variance.
-
-    Args:
-        original: The model to compare with.
-        model: One with the same outputs, or the same raw ones in another graph.
-        batches: Samples, one feed per batch.
-        threads: Threads of every session.
-    """
-    reference, found = (list(_raw_runs(m, batches, threads)) for m in (original, model))
-    return OutputError(reference).of(found)
-
-
-def _raw_runs(
-    model: Model, batches: Sequence[Feeds], threads: int
-) -> Iterator[dict[str, Array]]:
-    """Yield the raw outputs by their number, as their names may differ between models."""
-    tensors = capture_tensors(model, batches[0])
-    names = raw_outputs(model, tensors)
-    session = Session(extract(model, (), names), threads=threads)
-    for feed in batches:
-        found = session.run({n: feed[n] for n in session.input_names})
-        yield {str(index): found[name] for index, name in enumerate(names)}

@@ -12,9 +12,10 @@ from onnxcomp.model import Model
 from onnxcomp.numerics.rounding import Rounded
 from onnxcomp.search import storage
 from onnxcomp.search.deadline import TimeLimitReached
+from onnxcomp.search.outputs import OutputError, raw_runs
 from onnxcomp.search.run import Result, compress
 from onnxcomp.search.settings import Limits, Settings
-from onnxcomp.search.storage import Curves, Storage, in_form, output_change, written_bytes
+from onnxcomp.search.storage import Curves, Storage, in_form, written_bytes
 from tests.search.cases import CASES
 from tests.search.searching import inputs, wide
 
@@ -27,6 +28,13 @@ def run(model: Model, settings: Settings = QUICK, **limits: float) -> Result:
 
 def feeds(model: Model, count: int = 64) -> list[dict[str, np.ndarray]]:
     return [inputs(model, count)]
+
+
+def output_change(
+    original: Model, model: Model, batches: list[dict[str, np.ndarray]], *, threads: int
+) -> float:
+    reference, found = (list(raw_runs(m, batches, threads=threads)) for m in (original, model))
+    return OutputError(reference).of(found)
 
 
 def make(model: Model, **options: object) -> Storage:
