@@ -28,6 +28,7 @@ NAMES = (
     "scale",
     "shared_tensors",
     "storage",
+    "tune",
     "zoo",
 )
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 BLOCKS = ("added", "auto", "first", "off")
 _GATE_SAMPLES = 4  # on which torch must give what onnxruntime gives
 _LOOKED_AT = 16  # samples on which model and teacher are matched
+_HELD_SHARE, _MOST_HELD = 0.25, 2048  # of the samples; more would only slow the epochs
 _SCALED_ON = 128  # samples of which the variances of outputs are taken
 _EPOCHS = 20  # where nothing bounds them
 _MOST_EPOCHS = 1000  # that a time limit is filled with
@@ -121,7 +122,7 @@ def tune(
 ) -> TuneResult:
     """Train a compressed model to give what the original gives, as its outputs tell.
 
-    A quarter of the samples is held out; the result is never worse on them than the model
+    A quarter of the samples, at most 2,048, is held out; the result is never worse on them than the model
     given.  Shared initializers stay one, BatchNormalization's statistics as they are.  Under
     `torchrun` all processes train together, on the CPU, and get the same result.
 
@@ -203,7 +204,8 @@ class _Run:
             seed=tuning.seed,
         )
         self._module: GraphModule = to_torch(model)
-        fit, self._held = samples.split(training.seed)
+        held = min(_HELD_SHARE, _MOST_HELD / samples.count)
+        fit, self._held = samples.split(training.seed, held)
         self._few = self._held.take(range(min(_GATE_SAMPLES, self._held.count)))
         self._tolerance = tolerance_of(model)
         check_equal(self._module, model, self._few, tolerance=self._tolerance)

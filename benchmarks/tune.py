@@ -1,0 +1,226 @@
+"""What `tune` gives back of what compression took, and what it gains on new pictures.
+
+CIFAR-10 networks are compressed to a share of their MACs on 1,024 unlabelled training images,
+widths off the grid included, and then learn from their originals: from the same images, or
+from all 50,000 with their labels; both are judged once, on the 5,000 test images.  The other
+models are fitted and tuned on pictures without labels, and judged by the drift of their worst
+output on pictures from other files.  Every run has one thread and a time limit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import onnxcomp
+from benchmarks import data
+from benchmarks.cases import file_of
+from benchmarks.common import (
+    ChildError,
+    Job,
+    Options,
+    Outcome,
+    Table,
+    paired_interval,
+    percent,
+    points,
+    run_child,
+    run_jobs,
+    shared_folder,
+)
+
+RESNET56, RESNET20 = "akamaster_cifar10_resnet56", "akamaster_cifar10_resnet20"
+IMAGES, QUICK_IMAGES = 1024, 64
+TRAINING_IMAGES = 50_000
+FEW_S = 300.0
+_OVERTIME_S = 1200.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A compressed model and how it is tuned.
+
+    Attributes:
+        model: The original's name.
+        macs: Share of its MACs that compression leaves.
+        labels: Whether it learns from all training images and their labels.
+        seconds: Time limit of tuning.
+        goal: Points of top-1 that it may lose at most, as a share; None for no goal.
+    """
+
+    model: str
+    macs: float
+    labels: bool = False
+    seconds: float = FEW_S
+    goal: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What the files of this case are called."""
+        return f"{self.model}-{self.macs:g}{'-labels' if self.labels else ''}"
+
+
+CASES = (
+    Case(RESNET56, 0.5, labels=True, seconds=3600.0, goal=0.0),
+    Case(RESNET56, 0.3, labels=True, seconds=3600.0, goal=0.015),
+    Case(RESNET56, 0.5, goal=0.005),
+    Case(RESNET56, 0.3),
+    Case(RESNET20, 0.5, labels=True, seconds=1200.0),
+    Case(RESNET20, 0.3, labels=True, seconds=1200.0),
+    Case(RESNET20, 0.5),
+    Case("libonnx_super_resolution_10", 0.5),
+    Case("kazuhito00_yolox_nano", 0.7),
+    Case("linzaer_ultralight_face_RFB-320", 0.5),
+)
+QUICK_CASES = (Case(RESNET20, 0.5, seconds=15.0),)
+
+
+def run(options: Options) -> Outcome:
+    """Run the benchmark."""
+    shared_folder()
+    cases = QUICK_CASES if options.quick else CASES
+    small = dict.fromkeys((case.model, case.macs) for case in cases)
+    made = run_jobs(
+        [_compressing(model, macs, options) for model, macs in small],
+        workers=options.threads,
+        kept=options.work / "answers",
+    )
+    for answer in made:
+        if isinstance(answer, ChildError):
+            raise answer
+    jobs = [_tuning(case, options) for case in cases]
+    answers = run_jobs(jobs, workers=options.threads, kept=options.work / "answers")
+    rows = []
+    for case, job, answer in zip(cases, jobs, answers, strict=True):
+        row: dict[str, Any] = asdict(case) | {"name": case.name}
+        if isinstance(answer, ChildError):
+            rows.append(row | {"error": str(answer)})
+        else:
+            rows.append(row | dict(answer.value) | {"file": job.arguments["out"]})
+    for model in dict.fromkeys(case.model for case in cases):
+        _judge(model, [row for row in rows if row["model"] == model], options)
+    return Outcome(rows, (_table(rows),), _notes(rows))
+
+
+def _fit(model: str, options: Options, *, labels: bool = False) -> str:
+    """Return the file of samples to fit on, or of all training images with their labels."""
+    file = options.work / f"{model}.{'labelled' if labels else 'fit'}.npz"
+    count: int | None = TRAINING_IMAGES if labels else None
+    if options.quick:
+        count = QUICK_IMAGES
+    elif not labels and model in (RESNET56, RESNET20):
+        count = IMAGES
+    if not file.exists():
+        given = {"model": model, "file": str(file), "seed": options.seed}
+        data.write_part(part="fit", count=count, labels=labels, **given)  # type: ignore[arg-type]
+    return str(file)
+
+
+def _compressing(model: str, macs: float, options: Options) -> Job:
+    arguments = {
+        "model": model,
+        "data": _fit(model, options),
+        "out": str(options.work / f"{model}-{macs:g}.onnx"),
+        "macs": macs,
+        "grid": "off",
+        "seed": options.seed,
+        "target": options.target,
+        "force": True,
+    }
+    return Job("benchmarks.cases:compress", arguments, timeout_s=_OVERTIME_S)
+
+
+def _tuning(case: Case, options: Options) -> Job:
+    arguments = {
+        "model": str(options.work / f"{case.model}-{case.macs:g}.onnx"),
+        "teacher": case.model,
+        "data": _fit(case.model, options, labels=case.labels),
+        "out": str(options.work / f"{case.name}-tuned.onnx"),
+        "labels": case.labels,
+        "seconds": case.seconds,
+        "seed": options.seed,
+    }
+    return Job("benchmarks.tune:tune", arguments, timeout_s=case.seconds + _OVERTIME_S)
+
+
+def tune(
+    *, model: str, teacher: str, data: str, out: str, labels: bool, seconds: float, seed: int
+) -> dict[str, Any]:
+    """Tune a model file and save it; runs in a child."""
+    student, original = onnxcomp.load(model), onnxcomp.load(file_of(teacher))
+    samples = onnxcomp.load_samples(data, student.signature.inputs)
+    start = time.monotonic()
+    tuning = onnxcomp.Tuning(labels=labels, seed=seed)
+    found = onnxcomp.tune(student, original, samples, tuning, time_limit=seconds)
+    found.model.save(out)
+    return {
+        "samples": samples.count,
+        "tuned_s": time.monotonic() - start,
+        "epochs": [asdict(epoch) for epoch in found.history],
+        "loss": {"before": found.before, "after": found.after},
+        "notes": list(found.notes),
+    }
+
+
+def _judge(model: str, rows: list[dict[str, Any]], options: Options) -> None:
+    """Add accuracy and drift on new samples, before and after, of all cases of a model."""
+    rows = [row for row in rows if "file" in row]
+    new = data.sample_file(options.work, model, "new")
+    data.ensure_part(model, "new", new, 500 if options.quick else None, options.seed)
+    before = [str(options.work / f"{model}-{row['macs']:g}.onnx") for row in rows]
+    labelled = model in (RESNET56, RESNET20)
+    files = [*before, *(row["file"] for row in rows)]
+    original, *judged = run_child(
+        "benchmarks.cases:judge", model=model, files=files, data=str(new), each=labelled
+    ).value
+    for index, row in enumerate(rows):
+        row["new"] = original["samples"]
+        row.pop("file")
+        for when, seen in (("before", judged[index]), ("after", judged[len(rows) + index])):
+            row[f"drift_{when}"] = seen["relative_l2"]
+            row[f"top1_{when}"] = seen["top1"]
+            row[f"lost_{when}"] = (
+                paired_interval([seen["right"]], original["right"], seed=options.seed)
+                if labelled
+                else None
+            )
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    columns = ("model", "MACs left", "learns from", "minutes", "epochs", "drift before")
+    columns += ("after", "points lost before", "after", "top-1 after")
+    cells = []
+    for row in rows:
+        head = (row["model"], percent(row["macs"], 0))
+        if "error" in row:
+            cells.append((*head, row["error"], *["-"] * 7))
+            continue
+        kind = "labelled" if row["labels"] else "unlabelled"
+        cells.append(
+            (
+                *head,
+                f"{row['samples']:,} {kind}",
+                f"{row['tuned_s'] / 60:.0f}",
+                str(len(row["epochs"])),
+                f"{row['drift_before']:.4f}",
+                f"{row['drift_after']:.4f}",
+                points(row["lost_before"]),
+                points(row["lost_after"]),
+                percent(row["top1_after"], 2),
+            )
+        )
+    return Table("Before and after tuning, on new samples", columns, cells)
+
+
+def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    notes = []
+    for row in rows:
+        if row["goal"] is not None and "lost_after" in row:
+            verdict = "met" if row["lost_after"]["value"] <= row["goal"] else "missed"
+            notes.append(
+                f"{row['name']}: {points(row['lost_after'])} points lost, "
+                f"goal {100 * row['goal']:g}: {verdict}"
+            )
+    return notes
