@@ -9,13 +9,19 @@ Training step: ResNet-18 at 112 x 112, batch 4, one thread: forward, backward an
 gradient descent through the bridge, against the torch module that was exported.  Steps of both
 alternate; a second module of the same kind is the control.  Memory is what a step adds at its
 peak, each in a process of its own.
+
+Where `ONNX2TORCH_PYTHON` names a Python that has onnx2torch, the same graphs go through it.
 """
 
 from __future__ import annotations
 
 import collections
 import importlib.util
+import json
+import os
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +51,7 @@ TOLERANCE = 1e-5  # relative L2 of the worst output against onnxruntime
 BUILDER, IMAGE, BATCH = "resnet18_imagenet", 112, 4
 QUICK_MODELS = ("linzaer_ultralight_face_RFB-320", "silero_vad_16k_op15")
 QUICK_BUILDERS = ("resnet20a_cifar10",)
+PEER_PYTHON = "ONNX2TORCH_PYTHON"
 _SAMPLES = 2
 _ROUNDS, _QUICK_ROUNDS = 60, 12
 _PROCESSES, _QUICK_PROCESSES = 5, 1
@@ -68,6 +75,9 @@ def run(options: Options) -> Outcome:
         f"goal {GOAL}: {_verdict(step)}",
         "drift: relative L2 of the worst output against onnxruntime, unoptimised",
     ]
+    if any("onnx2torch" in row for row in rows):
+        right = sum(row.get("onnx2torch", {}).get("drift", 1.0) <= TOLERANCE for row in rows)
+        notes.append(f"onnx2torch: {right} of {len(rows)} graphs within {TOLERANCE:g}")
     return Outcome([*rows, step], (_coverage_table(rows), _step_table(step)), notes)
 
 
@@ -75,25 +85,28 @@ def _coverage(options: Options) -> list[dict[str, Any]]:
     from models.builders import BUILDERS
 
     names = [n for n in sorted(manifest()) if not options.quick or n in QUICK_MODELS]
-    jobs = [Job("benchmarks.bridge:cover_shared", {"name": name}) for name in names]
+    peer = os.environ.get(PEER_PYTHON)
+    jobs = [
+        Job("benchmarks.bridge:cover_shared", {"name": name, "peer": peer}) for name in names
+    ]
     for name in QUICK_BUILDERS if options.quick else BUILDERS:
         for exporter in ("torchscript", "dynamo"):
             for folded in (False, True):
                 how = {"name": name, "exporter": exporter, "folded": folded}
-                how["path"] = str(options.work / "built.onnx")
+                how |= {"path": str(options.work / "built.onnx"), "peer": peer}
                 jobs.append(Job("benchmarks.bridge:cover_built", how))
     found = run_jobs(jobs, workers=1, kept=options.work / "answers")
     return [_row(job.arguments, answer) for job, answer in zip(jobs, found, strict=True)]
 
 
 def _row(asked: Mapping[str, Any], answer: ChildRun | ChildError) -> dict[str, Any]:
-    row = {key: value for key, value in asked.items() if key != "path"}
+    row = {key: value for key, value in asked.items() if key not in ("path", "peer")}
     if isinstance(answer, ChildError):
         return row | {"failed": str(answer)}
     return row | dict(answer.value)
 
 
-def cover_shared(*, name: str) -> dict[str, Any]:
+def cover_shared(*, name: str, peer: str | None) -> dict[str, Any]:
     """Return how a shared model fares; runs in a child."""
     import onnxcomp
     from onnxcomp.samples import as_samples
@@ -101,10 +114,13 @@ def cover_shared(*, name: str) -> dict[str, Any]:
     model = onnxcomp.load(model_path(name))
     arrays = data.samples(name, "new", limit=_SAMPLES)
     given = {key: array for key, array in arrays.items() if key != data.LABELS}
-    return _cover(model, as_samples(given, model.signature.inputs))
+    samples = as_samples(given, model.signature.inputs)
+    return _cover(model, samples) | _peer(peer, model, str(model_path(name)), samples)
 
 
-def cover_built(*, name: str, exporter: Any, folded: bool, path: str) -> dict[str, Any]:
+def cover_built(
+    *, name: str, exporter: Any, folded: bool, path: str, peer: str | None
+) -> dict[str, Any]:
     """Return how an export of a builder fares; runs in a child."""
     import onnxcomp
     from models.builders import export
@@ -112,7 +128,8 @@ def cover_built(*, name: str, exporter: Any, folded: bool, path: str) -> dict[st
 
     export(name, path, folded=folded, exporter=exporter)
     model = onnxcomp.load(path)
-    return _cover(model, random_inputs(model, _SAMPLES))
+    samples = random_inputs(model, _SAMPLES)
+    return _cover(model, samples) | _peer(peer, model, path, samples)
 
 
 def _cover(model: Any, samples: Any) -> dict[str, Any]:
@@ -148,6 +165,32 @@ def _cover(model: Any, samples: Any) -> dict[str, Any]:
         "round_trip": from_torch(module, like=model).digest == model.digest,
         "takes_batches": takes_batches(module, model, samples),
     }
+
+
+def _peer(python: str | None, model: Any, file: str, samples: Any) -> dict[str, Any]:
+    """Return how onnx2torch fares with a file, as `onnx2torch`; empty where it is absent."""
+    from onnxcomp.runtime import Session
+
+    if python is None:
+        return {}
+    feed = next(iter(samples.batches(model.signature.inputs, _SAMPLES))).feed
+    answer = Session(model).run(feed)
+    with tempfile.TemporaryDirectory() as folder:
+        arrays = Path(folder) / "arrays.npz"
+        given = {f"in:{value.name}": feed[value.name] for value in model.signature.inputs}
+        named = [answer[value.name] for value in model.signature.outputs]
+        np.savez(arrays, **given, **{f"out:{i}": array for i, array in enumerate(named)})
+        script = Path(__file__).with_name("bridge_onnx2torch.py")
+        ran = subprocess.run(
+            [python, str(script), file, str(arrays)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if ran.returncode:
+        said = ran.stderr.strip().splitlines()[-1:]
+        return {"onnx2torch": {"failed": "".join(said)}}
+    return {"onnx2torch": json.loads(ran.stdout.splitlines()[-1])}
 
 
 def _is_covered(row: Mapping[str, Any]) -> bool:
@@ -270,14 +313,14 @@ def _verdict(step: Mapping[str, Any]) -> str:
 
 def _coverage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     columns = ("graph", "exporter", "BatchNorm", "drift", "gradient reaches", "weights")
-    columns += ("same bytes back", "any batch", "covered, or why not")
+    columns += ("same bytes back", "any batch", "covered, or why not", "onnx2torch")
     cells = []
     for row in rows:
         form = {True: "folded", False: "kept"}.get(row.get("folded"), "-")
         head = (row["name"], row.get("exporter", "-"), form)
         if "drift" not in row:
             why = row.get("refused") or row["failed"]
-            cells.append((*head, "-", "-", "-", "-", "-", _short(why)))
+            cells.append((*head, "-", "-", "-", "-", "-", _short(why), _peer_cell(row)))
             continue
         reasons = collections.Counter(row["untrained"].values())
         left = "; ".join(f"{n} weights stay: {why}" for why, n in reasons.items())
@@ -290,9 +333,20 @@ def _coverage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
                 _yes(row["round_trip"]),
                 _yes(row["takes_batches"]),
                 " ".join(filter(None, ("yes" if _is_covered(row) else "no", left))),
+                _peer_cell(row),
             )
         )
     return Table("Coverage of the bridge", columns, cells)
+
+
+def _peer_cell(row: Mapping[str, Any]) -> str:
+    """Return what onnx2torch made of a graph."""
+    found = row.get("onnx2torch")
+    if found is None:
+        return "-"
+    if "failed" in found:
+        return _short(found["failed"])
+    return f"{found['drift']:.1e}, {found['parameters']} parameters"
 
 
 def _short(reason: str) -> str:

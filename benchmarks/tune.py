@@ -63,12 +63,12 @@ class Case:
 
 
 CASES = (
-    Case(RESNET56, 0.5, labels=True, seconds=3600.0, goal=0.0),
-    Case(RESNET56, 0.3, labels=True, seconds=3600.0, goal=0.015),
+    Case(RESNET56, 0.5, labels=True, seconds=2700.0, goal=0.0),
+    Case(RESNET56, 0.3, labels=True, seconds=2700.0, goal=0.015),
     Case(RESNET56, 0.5, goal=0.005),
     Case(RESNET56, 0.3),
-    Case(RESNET20, 0.5, labels=True, seconds=1200.0),
-    Case(RESNET20, 0.3, labels=True, seconds=1200.0),
+    Case(RESNET20, 0.5, labels=True, seconds=900.0),
+    Case(RESNET20, 0.3, labels=True, seconds=900.0),
     Case(RESNET20, 0.5),
     Case("libonnx_super_resolution_10", 0.5),
     Case("kazuhito00_yolox_nano", 0.7),

@@ -125,7 +125,12 @@ class Samples:
         )
 
     def split(
-        self, seed: int, holdout: float = 0.25, minimum: int = 64
+        self,
+        seed: int,
+        holdout: float = 0.25,
+        minimum: int = 64,
+        *,
+        groups: NDArray[np.int64] | None = None,
     ) -> tuple["Samples", "Samples"]:
         """Split at random, reproducibly, into (fit, hold-out), each in the original order.
 
@@ -138,6 +143,8 @@ class Samples:
             seed: seed of the draw.
             holdout: share of the samples to hold out, in (0, 0.5].
             minimum: hold out at least so many, as long as they are no more than a third.
+            groups: a number for each sample, (count,), >= 0: samples of one number stay
+                together, all but those of one group.
 
         Raises:
             DataError: there are fewer than two samples.
@@ -150,7 +157,11 @@ class Samples:
             )
         wanted = max(round(self.count * holdout), min(minimum, self.count // 3), 1)
         held = min(wanted, self.count // 2)
-        order = np.random.default_rng(seed).permutation(self.count)
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(self.count)
+        if groups is not None:
+            rank = rng.permutation(groups.max() + 1)[groups[order]]
+            order = order[np.argsort(rank, kind="stable")]
         return self.take(np.sort(order[held:])), self.take(np.sort(order[:held]))
 
     def batches(self, inputs: Sequence[InputSpec], size: int) -> Iterator[Batch]:

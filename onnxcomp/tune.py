@@ -122,9 +122,10 @@ def tune(
 ) -> TuneResult:
     """Train a compressed model to give what the original gives, as its outputs tell.
 
-    A quarter of the samples, at most 2,048, is held out; the result is never worse on them than the model
-    given.  Shared initializers stay one, BatchNormalization's statistics as they are.  Under
-    `torchrun` all processes train together, on the CPU, and get the same result.
+    A quarter of the samples, at most 2,048, is held out; the result is never worse on them
+    than the model given.  Shared initializers stay one, BatchNormalization's statistics as
+    they are.  Under `torchrun` all processes train together, on the CPU, and get the same
+    result.
 
     Args:
         model: The compressed model; it is not changed.

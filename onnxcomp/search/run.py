@@ -138,7 +138,7 @@ class _Run:
         self._progress = progress
         self._notes: list[str] = []
         self._seconds: dict[str, float] = {}
-        self._samples = assign_samples(model, data, settings.seed, self._notes)
+        self._samples = assign_samples(model, data, settings, self._notes)
         if settings.tune:
             check_tuning(self._samples.given)
         if metric is None and settings.limits.drop is not None:

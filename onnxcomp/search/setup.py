@@ -17,6 +17,7 @@ from onnxcomp.augmentation import augmented
 from onnxcomp.errors import DataError, UnsupportedModelError
 from onnxcomp.evaluate import usable_batch
 from onnxcomp.model import Array, Model
+from onnxcomp.numerics.clusters import clusters
 from onnxcomp.numerics.joint_svd import JOINT_FORMS
 from onnxcomp.passes.base import Pass
 from onnxcomp.passes.compress_collaboratively import CompressCollaboratively
@@ -82,7 +83,7 @@ class Roles:
 def assign_samples(
     model: Model,
     data: Samples | Mapping[str, Any] | Iterable[Any] | None,
-    seed: int,
+    settings: Settings,
     notes: list[str],
 ) -> Roles:
     """Split samples into those to fit on and those to judge by.
@@ -90,19 +91,32 @@ def assign_samples(
     Args:
         model: The vendor's model.
         data: The user's samples; noise is made where it is None.
-        seed: Seed of the split, of copies and of noise.
+        settings: Seed of the split, of copies and of noise; limits that say how to split.
         notes: Receives what the reader of the report must know.
     """
-    inputs = model.signature.inputs
+    inputs, seed = model.signature.inputs, settings.seed
     given = None if data is None else as_samples(data, inputs)
     samples = random_inputs(model, _RANDOM_SAMPLES, seed=seed) if given is None else given
     if samples.count == 1:
         notes.append("one sample only: fitted and judged on the same input")
         return Roles(samples, samples, given)
-    fit, holdout = samples.split(seed)
+    fit, holdout = _split(samples, settings)
     if given is not None:
         fit = _enlarged(model, fit, seed, notes)
     return Roles(fit, holdout, given)
+
+
+def _split(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:
+    """Return samples to fit on and samples to judge by.
+
+    Where drift is promised for new samples, those that judge are of other kinds than those
+    fitted on, as new ones may be; elsewhere all kinds are needed to fit.
+    """
+    if settings.limits.drift is None:
+        return samples.split(settings.seed)
+    arrays = [array for array in samples.arrays.values() if array.dtype.kind in "biuf"]
+    groups = clusters(arrays, settings.seed) if arrays else None
+    return samples.split(settings.seed, groups=groups)
 
 
 def invert_samples(
@@ -134,7 +148,7 @@ def invert_samples(
         DataError: A method needs the user's own.
     """
     if CompressCollaboratively.name in settings.methods:
-        _with_labels(noise, settings.seed)  # raises before work is done for nothing
+        _with_labels(noise, settings)  # raises before work is done for nothing
     store = store.scoped(identity_of(original, None, "inverted", settings.seed))
     arrays, reason = store.get("images", ()), ""
     if arrays is None:
@@ -156,7 +170,7 @@ def invert_samples(
         "BatchNormalization recorded; expect to lose more than is shown, and give a few dozen "
         "real inputs with --data if there are any"
     )
-    fit, holdout = samples.split(settings.seed)
+    fit, holdout = _split(samples, settings)
     return Roles(_enlarged(original, fit, settings.seed, notes), holdout, None)
 
 
@@ -223,7 +237,7 @@ def make_search(
     work = working_model(prepared, roles.fit, seed=settings.seed)
     known = roles.fit
     if CompressCollaboratively.name in settings.methods:
-        known = _with_labels(roles, settings.seed)
+        known = _with_labels(roles, settings)
     facts = Analysis(work, known, seed=settings.seed, threads=settings.threads)
     adaptation = None
     if roles.given is None and not roles.inverted and settings.data_aware:
@@ -248,7 +262,7 @@ def make_search(
     )
 
 
-def _with_labels(roles: Roles, seed: int) -> Samples:
+def _with_labels(roles: Roles, settings: Settings) -> Samples:
     """Return the samples to fit on as they were given, with their labels, for gradients.
 
     Raises:
@@ -257,7 +271,7 @@ def _with_labels(roles: Roles, seed: int) -> Samples:
     if roles.given is None:
         name = CompressCollaboratively.name
         raise DataError(f"{name}: gradients need samples; give some with --data")
-    return roles.given.split(seed)[0] if roles.given.count > 1 else roles.given
+    return _split(roles.given, settings)[0] if roles.given.count > 1 else roles.given
 
 
 def _kind(settings: Settings) -> Callable[..., Search]:

@@ -77,7 +77,7 @@ class Searching:
         ticks: list[Callable[[], None]] | None = None,
     ) -> "Searching":
         callbacks = [] if ticks is None else ticks
-        roles = assign_samples(model, inputs(model), settings.seed, [])
+        roles = assign_samples(model, inputs(model), settings, [])
         prepared, _ = prepare(model)
         search = make_search(
             model,
