@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from threadpoolctl import threadpool_limits
 
 from onnxcomp.analysis.outputs import class_scores
-from onnxcomp.errors import DataError, ParameterError
+from onnxcomp.errors import DataError, ParameterError, ValidationError
 from onnxcomp.model import Array, Model
 from onnxcomp.runtime import capture_tensors
 from onnxcomp.samples import Samples, as_samples
@@ -157,7 +157,7 @@ def tune(
 
 def leads() -> bool:
     """Say whether this process writes: it is alone, or the first that `torchrun` started."""
-    return os.environ.get("RANK", "0") == "0"
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def check_torch() -> None:
@@ -349,22 +349,23 @@ class _Run:
         """Return the best weights in the graph, if they are better there too."""
         from onnxcomp.bridge import check_equal, from_torch, to_torch
 
-        before, history = self._before, tuple(self._history)
+        model, before, after = self._model, self._before, self._before
+        reason = "nothing did better on the samples held out"
         if before is not None and last.best_loss < before:
             tuned = from_torch(self._module, like=self._model)
             written = to_torch(tuned)  # its half-precision weights are rounded
-            check_equal(written, tuned, self._few, tolerance=self._tolerance)
-            after = last.loss_of(written.to(self._tuning.device))
-            if after < before:
-                return TuneResult(
-                    tuned, before, after, history, tuple(self._notes), interrupted
-                )
-        self._notes.append(
-            "nothing did better on the samples held out; the model stays as it was"
-        )
-        return TuneResult(
-            self._model, before, before, history, tuple(self._notes), interrupted
-        )
+            try:
+                check_equal(written, tuned, self._few, tolerance=self._tolerance)
+            except ValidationError as error:
+                reason = f"tuned weights failed a check ({error})"
+            else:
+                loss = last.loss_of(written.to(self._tuning.device))
+                if loss < before:
+                    model, after = tuned, loss
+        if model is self._model:
+            self._notes.append(f"{reason}; the model stays as it was")
+        history, notes = tuple(self._history), tuple(self._notes)
+        return TuneResult(model, before, after, history, notes, interrupted)
 
 
 def _class_scores(model: Model, samples: Samples, labels: Array) -> tuple[str, int]:

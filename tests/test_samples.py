@@ -96,6 +96,26 @@ def test_split_depends_on_the_seed_and_refuses_what_cannot_be_split() -> None:
         samples.split(0, holdout=0.6)
 
 
+@given(count=st.integers(8, 400), groups=st.integers(1, 20), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_groups_stay_together_all_but_one(count: int, groups: int, seed: int) -> None:
+    samples = Samples({"x": np.arange(count)})
+    group = np.random.default_rng(seed).integers(groups, size=count)
+    fit, holdout = samples.split(seed, groups=group)
+    assert holdout.count == samples.split(seed)[1].count
+    parts = [set(group[part.arrays["x"]]) for part in (fit, holdout)]
+    assert len(parts[0] & parts[1]) <= 1
+    joined = np.concatenate([fit.arrays["x"], holdout.arrays["x"]])
+    assert sorted(joined) == list(range(count))
+
+
+def test_without_groups_sources_are_on_both_sides() -> None:
+    samples = Samples({"x": np.arange(200)})
+    group = np.arange(200) % 8
+    parts = [set(group[part.arrays["x"]]) for part in samples.split(0)]
+    assert parts[0] == parts[1] == set(range(8))
+
+
 def test_take_keeps_order_labels_and_origin() -> None:
     samples = Samples({"x": np.arange(5)}, np.arange(5) + 10, "random").take([3, 1, 3])
     assert samples.arrays["x"].tolist() == [3, 1, 3]

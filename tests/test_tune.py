@@ -248,6 +248,24 @@ def test_a_loss_that_is_not_finite_ends_it() -> None:
     assert any("the loss became NaN or infinite" in note for note in result.notes)
 
 
+def test_weights_that_fail_the_check_are_not_returned(monkeypatch) -> None:
+    from onnxcomp import bridge
+
+    teacher, checks = residual(), iter((True, False))
+    student, check = noisy(teacher), bridge.check_equal
+
+    def failing_behind_training(*given: Any, **options: Any) -> Any:
+        return check(*given, **options) if next(checks) else fail("'y' differs")
+
+    def fail(message: str) -> Any:
+        raise ValidationError(message)
+
+    monkeypatch.setattr(bridge, "check_equal", failing_behind_training)
+    result = tuned(student, teacher)
+    assert result.model is student
+    assert any("failed a check ('y' differs)" in note for note in result.notes)
+
+
 def test_an_interrupt_before_training_gives_the_model_back() -> None:
     def progress(label: str, share: float) -> None:
         raise KeyboardInterrupt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def mean_gradients(
         check_equal(module, model, few, tolerance=tolerance_of(model))
         loss = _Loss(model, module, samples, seed)
         sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
-        for feed in _feeds(model, samples, 1 if squared else _BATCH):
+        for feed in _single(model, samples) if squared else _feeds(model, samples):
             found = torch.autograd.grad(
                 loss.of(feed), list(weights.values()), allow_unused=True
             )
@@ -77,10 +78,17 @@ def mean_gradients(
     return {name: value.numpy() for name, value in sums.items()}
 
 
-def _feeds(model: Model, samples: Samples, batch: int) -> Iterator[Batch]:
+def _single(model: Model, samples: Samples) -> Iterator[Batch]:
+    """Feed samples one by one; a declared batch is filled with the same sample."""
+    for index in range(samples.count):
+        for batch in samples.take([index]).batches(model.signature.inputs, 1):
+            yield replace(batch, start=index)
+
+
+def _feeds(model: Model, samples: Samples) -> Iterator[Batch]:
     inputs = model.signature.inputs
     pixels = max(math.prod(array.shape[2:]) for array in samples.arrays.values())
-    batch = max(1, min(batch, _PIXELS // max(pixels, 1)))
+    batch = max(1, min(_BATCH, _PIXELS // max(pixels, 1)))
     return samples.batches(
         inputs, usable_batch([Session(model, optimize=False)], inputs, samples, batch)
     )

@@ -122,7 +122,7 @@ def inverted(
             has statistics of its own; an input is no float array of rank 4 (nothing recorded
             tells a state or a token from a wrong one); torch cannot run the model, or not on
             several images at once, which only together have statistics; the time is up before
-            the first batch; or images stay far from the statistics.
+            the first batch; or its images stay far from the statistics.
     """
     recorded = records(model)
     if not recorded:
@@ -146,7 +146,11 @@ def inverted(
                     return _joined(made)
                 progress((index + step / _STEPS) / batches)
                 images.advance(step, network)
-            made.append(images.checked(network))
+            try:
+                made.append(images.checked(network))
+            except UnsupportedModelError:
+                if not made:
+                    raise
     return _joined(made)
 
 

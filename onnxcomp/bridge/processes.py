@@ -74,7 +74,8 @@ ALONE = Processes()
 @contextmanager
 def joined() -> Iterator[Processes]:
     """Join the processes that `torchrun` started, on the CPU; one is alone without it."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    started = "TORCHELASTIC_RUN_ID" in os.environ  # a cluster sets the others for its own ends
+    count = int(os.environ.get("WORLD_SIZE", "1")) if started else 1
     if count == 1:
         yield ALONE
         return

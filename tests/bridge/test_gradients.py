@@ -111,6 +111,18 @@ def test_one_by_one_and_together():
         assert one[name] == pytest.approx(value, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("declared", [1, 3])
+def test_squares_are_of_single_samples_whatever_batch_is_declared(declared):
+    model = classifier()
+    proto = model.to_proto()
+    for value in (proto.graph.input[0], proto.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = declared
+    fixed, samples = Model.from_proto(proto), data(model)
+    one, many = (mean_gradients(m, samples, squared=True) for m in (fixed, model))
+    for name, value in many.items():
+        assert one[name] == pytest.approx(value, rel=1e-3, abs=1e-9)
+
+
 def test_labels_that_are_no_classes():
     model = classifier()
     with pytest.raises(DataError, match="labels go from 9"):

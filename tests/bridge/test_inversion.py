@@ -185,6 +185,24 @@ def test_batches_that_are_complete_count(monkeypatch):
         late_after(30)
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_later_batch_that_fails_leaves_the_others(failing, monkeypatch):
+    monkeypatch.setattr(inversion, "_BATCHES", 2)
+    checked, count = inversion._Images.checked, iter(range(2))
+
+    def check(self, network):
+        if next(count) == failing:
+            raise UnsupportedModelError("far from the statistics")
+        return checked(self, network)
+
+    monkeypatch.setattr(inversion._Images, "checked", check)
+    if failing:
+        assert inverted(trained(plain), None).count == 64
+    else:
+        with pytest.raises(UnsupportedModelError, match="far from"):
+            inverted(trained(plain), None)
+
+
 def without_batchnorm() -> Model:
     g = Graph(3, 8, 8)
     return g.model(g.conv("x", 3, 4))

@@ -20,8 +20,9 @@ from onnxcomp import load
 from onnxcomp.bridge import to_torch
 from onnxcomp.bridge.distillation import Distillation
 from onnxcomp.bridge.objective import Objective
-from onnxcomp.bridge.processes import ALONE, Processes
+from onnxcomp.bridge.processes import ALONE, Processes, joined
 from onnxcomp.bridge.training import Training
+from onnxcomp.tune import leads
 from tests.bridge.test_distillation import Fixed, examples
 from tests.search.searching import inputs, wide
 from tests.test_tune import noisy
@@ -139,6 +140,15 @@ def test_an_interrupt_of_one_ends_all_at_the_same_step() -> None:
     for thread in threads:
         thread.join(120)
     assert steps == {0: 4, 1: 4}
+
+
+def test_what_a_cluster_sets_does_not_make_one_wait(monkeypatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert leads()
+    with joined() as processes:
+        assert processes.count == 1
 
 
 def test_shares_are_a_partition() -> None:
