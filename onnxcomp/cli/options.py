@@ -95,7 +95,7 @@ Grid = Annotated[
 ]
 Emit = Annotated[
     str | None,
-    typer.Option("--emit", metavar="onnx|codebook", help="Whole weights, or one byte each."),
+    typer.Option("--emit", metavar="onnx|codebook", help="Whole weights, or at most a byte each."),
 ]
 Memory = Annotated[
     float | None,

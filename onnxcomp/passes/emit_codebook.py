@@ -1,10 +1,12 @@
-"""EmitCodebook: float weights of few values become a codebook and one byte per weight.
+"""EmitCodebook: float weights of few values become a codebook and at most a byte per weight.
 
     Gather(codebook, Cast(indices))  in place of the initializer
 
-This is plain ONNX of any version; runtimes fold it back to the float weight when they load it,
-so the file is small and nothing else changes.  DequantizeLinear would say the same for uniform
-grids, but onnxruntime computes it anew in every run.
+Of at most 16 values a byte holds the indices of two weights: ``first + 16 * second``, where
+the weight's first half comes first.  This is plain ONNX; runtimes fold it back to the float
+weight when they load it, so the file is small and nothing else changes.  DequantizeLinear
+would say the same for uniform grids, but onnxruntime computes it anew in every run; and uint4
+would need opset 21.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ if TYPE_CHECKING:
     from onnxcomp.analysis import Analysis
     from onnxcomp.draft import Draft
 
-_VALUES = 256  # that a byte can tell apart
-_OVERHEAD = 400  # bytes of two nodes and their names, about
-_OPSET = 6  # from which Cast takes its type as a number
+_VALUES, _HALF = 256, 16  # that a byte and half of it can tell apart
+_OVERHEAD, _HALF_OVERHEAD = 400, 1100  # bytes of the nodes and their names, about
+_INT32 = {"to": onnx.TensorProto.INT32}
+_OPSET, _HALF_OPSET = 6, 10  # from which Cast takes its type as a number, and there is Mod
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,36 @@ class EmitCodebook:
                 raise AssertionError("only weights of few values are proposed")
             indices = ranks(array, codebook).astype(np.uint8).reshape(array.shape)
             values = draft.add_weight(f"{name}_codebook", codebook)
-            bytes_ = draft.add_weight(f"{name}_indices", indices)
-            cast = draft.add_node(
-                "Cast", [bytes_], stem=f"{name}_cast", attrs={"to": onnx.TensorProto.INT32}
+            halves = _in_halves(facts.model, array, len(codebook))
+            read = _add_halves if halves else _add_bytes
+            dense = draft.add_node(
+                "Gather", [values, read(draft, name, indices)], stem=f"{name}_values"
             )
-            dense = draft.add_node("Gather", [values, cast], stem=f"{name}_values")
             draft.rewire(name, dense)
+
+
+def _add_bytes(draft: Draft, name: str, indices: Array) -> str:
+    """Add indices of a byte each; return them as integers in the weight's shape."""
+    stored = draft.add_weight(f"{name}_indices", indices)
+    return draft.add_node("Cast", [stored], stem=f"{name}_cast", attrs=_INT32)
+
+
+def _add_halves(draft: Draft, name: str, indices: Array) -> str:
+    """Add indices of half a byte each; return them as integers in the weight's shape."""
+    first, second = np.split(indices.ravel(), 2)
+    stored = draft.add_weight(f"{name}_indices", first + _HALF * second)
+    base = draft.add_weight(f"{name}_base", np.array(_HALF, np.int32))
+    shape = draft.add_weight(f"{name}_shape", np.array(indices.shape, np.int64))
+    cast = draft.add_node("Cast", [stored], stem=f"{name}_cast", attrs=_INT32)
+    parts = [draft.add_node(op, [cast, base], stem=f"{name}_{op}") for op in ("Mod", "Div")]
+    joined = draft.add_node("Concat", parts, stem=f"{name}_joined", attrs={"axis": 0})
+    return draft.add_node("Reshape", [joined, shape], stem=f"{name}_shaped")
+
+
+def _in_halves(model: Model, array: Array, values: int) -> bool:
+    """Whether half a byte per weight is possible, and smaller than a byte."""
+    saved = array.size // 2 > _HALF_OVERHEAD - _OVERHEAD
+    return values <= _HALF and array.size % 2 == 0 and saved and model.opset >= _HALF_OPSET
 
 
 def _reason(model: Model, name: str, array: Array) -> str:

@@ -116,7 +116,7 @@ class Settings:
             minutes; needs samples and torch.
         emit: Form of the written file: "onnx", "onnxc" (packed; a limit on the size counts
             that file, and weights take few values for it) or "codebook" (plain ONNX with
-            indices of one byte for weights).
+            indices of a byte or half of one for weights).
         latency: Whether to measure latency.
         force: Keep a result that is larger or slower than the input.
     """

@@ -23,9 +23,10 @@ def few_valued(name: str, levels: int = 50) -> Model:
     return Model(model.skeleton, found)
 
 
+@pytest.mark.parametrize("levels", [50, 12])
 @pytest.mark.parametrize("name", ["residual", "dense", "transposed", "shared"])
-def test_the_file_is_smaller_and_its_outputs_are_the_same(name, tmp_path):
-    model = few_valued(name)
+def test_the_file_is_smaller_and_its_outputs_are_the_same(name, levels, tmp_path):
+    model = few_valued(name, levels)
     found, proposal = run_exact(EmitCodebook(), Analysis(model))
     assert proposal.options
     for each, path in ((model, "a.onnx"), (found, "b.onnx")):
@@ -39,6 +40,34 @@ def test_the_file_is_smaller_and_its_outputs_are_the_same(name, tmp_path):
     wanted, outputs = (Session(m).run(feed) for m in (model, again))
     for key in wanted:
         assert np.array_equal(wanted[key], outputs[key])
+
+
+def wide(shape: tuple[int, ...], opset: int = 13) -> Model:
+    """One layer of 16 values."""
+    weight = np.random.default_rng(0).integers(16, size=shape).astype(np.float32)
+    w = onnx.numpy_helper.from_array(weight, "w")
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["n", size])
+        for name, size in (("x", shape[0]), ("y", shape[1]))
+    )
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", [x], [y], [w])
+    imports = [onnx.helper.make_opsetid("", opset)]
+    return Model.from_proto(onnx.helper.make_model(graph, opset_imports=imports, ir_version=8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "opset", "halves"),
+    [((64, 64), 13, True), ((64, 64), 9, False), ((65, 65), 13, False), ((24, 32), 13, False)],
+)
+def test_sixteen_values_take_half_a_byte_where_that_pays(shape, opset, halves):
+    model = wide(shape, opset)
+    found, _ = run_exact(EmitCodebook(), Analysis(model))
+    size = np.prod(shape) // (2 if halves else 1)
+    assert found.weights["w_indices"].size == size
+    x = np.random.default_rng(1).standard_normal((3, shape[0])).astype(np.float32)
+    wanted, outputs = (Session(m).run({"x": x})["y"] for m in (model, found))
+    assert np.array_equal(wanted, outputs)
 
 
 def test_a_wrong_codebook_shows():
