@@ -95,7 +95,9 @@ Grid = Annotated[
 ]
 Emit = Annotated[
     str | None,
-    typer.Option("--emit", metavar="onnx|codebook", help="Whole weights, or at most a byte each."),
+    typer.Option(
+        "--emit", metavar="onnx|codebook", help="Whole weights, or at most a byte each."
+    ),
 ]
 Memory = Annotated[
     float | None,
