@@ -19,6 +19,7 @@ RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((6, 5)).astype(np.float32)
 X = RNG.standard_normal((200, 6)).astype(np.float32)
 HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'
+NEW_SOURCES = 1.25  # what a promise on drift adds for other sources
 SCORES = "net (float[N, 6] x) => (float[N, 5] y) { y = MatMul (x, w) }"
 CLASSES = """net (float[N, 6] x) => (int64[N, 1] c) {
     y = MatMul (x, w)
@@ -85,7 +86,7 @@ def test_one_sample_has_no_error():
     assert module._jackknife(lambda index: 1 / len(index), 1) == 0.0
 
 
-def test_drift_is_that_of_an_evaluation_and_one_standard_error():
+def test_drift_is_that_of_an_evaluation_and_one_standard_error_and_a_quarter_more():
     """In squares, of which the error is taken; both sums in float64."""
     candidate = network(nudged(0.05))
     drift = evaluate(network(), candidate, Samples({"x": X})).relative_l2
@@ -95,7 +96,7 @@ def test_drift_is_that_of_an_evaluation_and_one_standard_error():
     kept = [noise[groups != g].sum() / signal[groups != g].sum() for g in range(20)]
     error = math.sqrt(19 / 20 * np.sum((kept - np.mean(kept)) ** 2))
     found = look(candidate).drift
-    assert found == pytest.approx(math.sqrt(drift**2 + error), rel=1e-5)
+    assert found == pytest.approx(NEW_SOURCES * math.sqrt(drift**2 + error), rel=1e-5)
     assert found > 1.001 * drift
     assert look(network()).drift == 0.0
     assert look(network(nudged(0.1))).drift > 1.5 * found
@@ -108,7 +109,7 @@ def test_the_worst_output_counts_and_integers_by_the_share_that_differs():
     kept = [differing[groups != g].mean() for g in range(20)]
     bound = differing.mean() + math.sqrt(19 / 20 * np.sum((kept - np.mean(kept)) ** 2))
     classes = look(network(nudged(0.3), CLASSES), original=network(text=CLASSES)).drift
-    assert classes == pytest.approx(bound, rel=1e-12)
+    assert classes == pytest.approx(NEW_SOURCES * bound, rel=1e-12)
     floats = look(network(nudged(0.3))).drift
     assert floats > 1.2 * classes
     every = look(network(nudged(0.3), HEADS), original=network(text=HEADS)).drift
