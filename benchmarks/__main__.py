@@ -21,6 +21,7 @@ NAMES = (
     "latency_model",
     "memory",
     "packed",
+    "packed_tuned",
     "peers",
     "promise",
     "record",

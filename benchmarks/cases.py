@@ -28,6 +28,14 @@ def file_of(model: str) -> Path:
     return Path(model) if model.endswith((".onnx", ".onnxc")) else model_path(model)
 
 
+def save(model: onnxcomp.Model, file: str) -> None:
+    """Write a model, packed where the file is an `.onnxc`."""
+    if file.endswith(".onnxc"):
+        onnxcomp.pack(model, file)
+    else:
+        model.save(file)
+
+
 def compress(
     *,
     model: str,
@@ -72,10 +80,7 @@ def compress(
         resume=resume,
     )
     seconds = time.monotonic() - start
-    if out.endswith(".onnxc"):
-        onnxcomp.pack(result.model, out)
-    else:
-        result.model.save(out)
+    save(result.model, out)
     seen = result.report.ladder.evaluation
     return {
         "model": model,

@@ -31,7 +31,7 @@ from benchmarks.common import (
     run_jobs,
     shared_folder,
 )
-from benchmarks.tune import TRAINING_IMAGES
+from benchmarks.tune import training_file
 from onnxcomp.analysis import Analysis
 from onnxcomp.numerics.collaborative import Removal, sensitivity
 from onnxcomp.passes.compress_collaboratively import CompressCollaboratively
@@ -160,14 +160,9 @@ def _allocated(
 
 def _tuned(model: str, rows: list[dict[str, Any]], options: Options) -> list[dict[str, Any]]:
     """Return what some networks become by learning from all training images."""
-    labelled = options.work / "labelled.npz"
-    if not labelled.exists():
-        count = QUICK_IMAGES if options.quick else TRAINING_IMAGES
-        given = {"model": model, "file": str(labelled), "seed": options.seed}
-        parts.write_part(part="fit", count=count, labels=True, **given)  # type: ignore[arg-type]
     known = {
         "teacher": model,
-        "data": str(labelled),
+        "data": training_file(model, options),
         "labels": True,
         "seconds": QUICK_TUNED_S if options.quick else TUNED_S,
         "seed": options.seed,

@@ -50,10 +50,10 @@ def run(options: Options) -> Outcome:
         for way in METHODS
         if way != "structure" or index < LARGEST_ONLY
     ]
-    jobs = [_job(*case, options) for case in cases]
+    jobs = [job(*case, options) for case in cases]
     answers = run_jobs(jobs, workers=options.threads, kept=options.work / "answers")
     rows: list[dict[str, Any]] = []
-    for (_, size, way), job, answer in zip(cases, jobs, answers, strict=True):
+    for (_, size, way), asked, answer in zip(cases, jobs, answers, strict=True):
         row: dict[str, Any] = {"model": model, "limit": size, "way": way}
         if isinstance(answer, ChildError):
             rows.append(row | {"error": str(answer)})
@@ -61,13 +61,14 @@ def run(options: Options) -> Outcome:
         found = answer.value
         share = found["result"]["file_bytes"] / found["original"]["file_bytes"]
         row |= {key: found[key] for key in ("met", "seconds", "notes", "kinds")}
-        row |= {"file": str(job.arguments["out"]), "share": share}
+        row |= {"file": str(asked.arguments["out"]), "share": share}
         rows.append(row | {"file_bytes": found["result"]["file_bytes"]})
-    _judge(model, [row for row in rows if "file" in row], options)
+    judge(model, [row for row in rows if "file" in row], options)
     return Outcome(rows, (_table(rows),), _notes(rows))
 
 
-def _job(model: str, size: float, way: str, options: Options) -> Job:
+def job(model: str, size: float, way: str, options: Options) -> Job:
+    """Return the call that makes a file of a size in one of the `METHODS`."""
     fit = options.work / f"{model}.fit.npz"
     count = QUICK_IMAGES if options.quick else IMAGES
     data.ensure_part(model, "fit", fit, count, options.seed)
@@ -85,7 +86,8 @@ def _job(model: str, size: float, way: str, options: Options) -> Job:
     return Job("benchmarks.cases:compress", arguments, timeout_s=_TIMEOUT_S)
 
 
-def _judge(model: str, rows: list[dict[str, Any]], options: Options) -> None:
+def judge(model: str, rows: list[dict[str, Any]], options: Options) -> None:
+    """Add to rows that name a `file` what it loses on the test images; remove the files."""
     new = data.sample_file(options.work, model, "new")
     data.ensure_part(model, "new", new, 500 if options.quick else None, options.seed)
     files = [row["file"] for row in rows]

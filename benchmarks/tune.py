@@ -16,7 +16,7 @@ from typing import Any
 
 import onnxcomp
 from benchmarks import data
-from benchmarks.cases import file_of
+from benchmarks.cases import file_of, save
 from benchmarks.common import (
     ChildError,
     Job,
@@ -104,17 +104,24 @@ def run(options: Options) -> Outcome:
     return Outcome(rows, (_table(rows),), _notes(rows))
 
 
-def _fit(model: str, options: Options, *, labels: bool = False) -> str:
-    """Return the file of samples to fit on, or of all training images with their labels."""
-    file = options.work / f"{model}.{'labelled' if labels else 'fit'}.npz"
-    count: int | None = TRAINING_IMAGES if labels else None
-    if options.quick:
-        count = QUICK_IMAGES
-    elif not labels and model in (RESNET56, RESNET20):
-        count = IMAGES
+def training_file(model: str, options: Options) -> str:
+    """Return the file of all training images with their labels."""
+    file = options.work / f"{model}.labelled.npz"
+    count = QUICK_IMAGES if options.quick else TRAINING_IMAGES
     if not file.exists():
-        given = {"model": model, "file": str(file), "seed": options.seed}
-        data.write_part(part="fit", count=count, labels=labels, **given)  # type: ignore[arg-type]
+        name, seed = str(file), options.seed
+        data.write_part(
+            model=model, part="fit", file=name, seed=seed, count=count, labels=True
+        )
+    return str(file)
+
+
+def _fit(model: str, options: Options) -> str:
+    """Return the file of samples to fit on, without labels."""
+    file = options.work / f"{model}.fit.npz"
+    count = IMAGES if model in (RESNET56, RESNET20) else None
+    count = QUICK_IMAGES if options.quick else count
+    data.ensure_part(model, "fit", file, count, options.seed)
     return str(file)
 
 
@@ -136,7 +143,7 @@ def _tuning(case: Case, options: Options) -> Job:
     arguments = {
         "model": str(options.work / f"{case.model}-{case.macs:g}.onnx"),
         "teacher": case.model,
-        "data": _fit(case.model, options, labels=case.labels),
+        "data": (training_file if case.labels else _fit)(case.model, options),
         "out": str(options.work / f"{case.name}-tuned.onnx"),
         "labels": case.labels,
         "seconds": case.seconds,
@@ -154,7 +161,7 @@ def tune(
     start = time.monotonic()
     tuning = onnxcomp.Tuning(labels=labels, seed=seed)
     found = onnxcomp.tune(student, original, samples, tuning, time_limit=seconds)
-    found.model.save(out)
+    save(found.model, out)
     return {
         "samples": samples.count,
         "tuned_s": time.monotonic() - start,
