@@ -31,7 +31,7 @@ from onnxcomp.search.settings import Limits
 
 _POINTS_PER_CHANGE = 0.45
 _DISAGREEMENT_PER_CHANGE = 0.25  # of its root
-_NEW_SOURCES = 1.25  # drift on samples from other sources, to that of those held out
+NEW_SOURCES = 1.25  # drift on samples from other sources, to that of those held out
 _GROUPS = 20  # of the delete-a-group jackknife
 _MEMORISED = 0.995  # score of the original from which on hold-out samples look memorised
 _BATCH = 32
@@ -100,9 +100,9 @@ class Judge:
                 runs.append(run)
         drift = max(_drift(np.concatenate(rows)) for rows in changes.values())
         if self._metric is None:
-            return Look(error, _NEW_SOURCES * drift, None, None)
+            return Look(error, NEW_SOURCES * drift, None, None)
         original, changed = (join_outputs(column) for column in zip(*runs, strict=True))
-        return self._scored(self._metric, error, _NEW_SOURCES * drift, original, changed)
+        return self._scored(self._metric, error, NEW_SOURCES * drift, original, changed)
 
     def _scored(
         self,

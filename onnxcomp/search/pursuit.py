@@ -10,7 +10,7 @@ import numpy as np
 from onnxcomp.model import Model
 from onnxcomp.passes.base import Option
 from onnxcomp.search.deadline import TimeLimitReached
-from onnxcomp.search.judge import Judge, Look, looks_memorised
+from onnxcomp.search.judge import NEW_SOURCES, Judge, Look, looks_memorised
 from onnxcomp.search.losses import LATE, Losses
 from onnxcomp.search.search import Candidate, Search, smaller
 from onnxcomp.search.settings import Limits
@@ -274,7 +274,7 @@ class Pursuit:
         """Bound on the predicted loss that limits on drop and drift begin with."""
         drop, drift = self._limits.drop, self._limits.drift
         found = [] if drop is None else [2.0 * drop]
-        return min([*found, *([] if drift is None else [drift**2])])
+        return min([*found, *([] if drift is None else [(drift / NEW_SOURCES) ** 2])])
 
     @staticmethod
     def _between(low: float, wanted: float, high: float) -> float:
