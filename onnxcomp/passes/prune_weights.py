@@ -60,7 +60,7 @@ class PruneWeights:
                 refusals.append(Refusal(linear.id, reason))
                 continue
             kernel = linear.kernel(facts.model.weights[linear.weight])
-            kept = [kept_above(kernel, percentile) for percentile in self.percentiles]
+            kept = kept_above(kernel, self.percentiles)
             options |= {
                 Option(self.name, linear.id, form, (count,)): None
                 for form in self.forms

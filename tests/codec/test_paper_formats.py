@@ -159,7 +159,7 @@ TABLE = {  # share of non-zeros: gap-coded, HAM, sHAM with 16-bit rows; bits per
 def test_measured_table_of_the_specification(nonzeros):
     """Laplacian 512 x 1024, 32 values of equal share: within 2 %, without codes' tables."""
     W = np.random.default_rng(0).laplace(size=(512, 1024))
-    W = prune_smallest(W, kept_above(W, 100 * (1 - nonzeros))).astype(np.float32)
+    W = prune_smallest(W, kept_above(W, [100 * (1 - nonzeros)])[0]).astype(np.float32)
     left = W != 0
     ends = np.quantile(W[left], np.linspace(0, 1, 33)[1:-1])
     W[left] = 1 + np.searchsorted(ends, W[left])
