@@ -303,6 +303,7 @@ class Search:
             self._batches,
             self._measured,
             exclude=settings.exclude,
+            trained=settings.tune,
             data_aware=settings.data_aware,
             seed=settings.seed,
             threads=settings.threads,

@@ -24,6 +24,7 @@ from onnxcomp.analysis.moments import SecondMoments, collect_moments, identity_m
 from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.analysis.stream import Feeds
 from onnxcomp.codec import packed_bytes
+from onnxcomp.codec.symbols import distinct
 from onnxcomp.errors import DataError
 from onnxcomp.model import Array, Model
 from onnxcomp.numerics.interpolation import Curve
@@ -51,6 +52,7 @@ _CLOSE = 0.98  # share of the limit that must be used up
 _AIM = 0.993  # share of it that the next walk aims at
 _BISECTIONS = 60
 _BYTE_LEVELS = 250  # from the least to the largest weight, some left for refits
+_TRAINED_LEVELS, _LEVEL_BYTES = 256, 4  # that a weight may have; what one may grow by
 _BIAS_SHARE = 0.02  # of a node's error, that rounding its bias may add
 Row = npt.NDArray[np.float64]
 
@@ -121,6 +123,7 @@ class Storage:
         batches: The same as feeds.
         measured: Leading batches on which losses are measured.
         exclude: Regular expression; nodes whose name or output matches keep their weights.
+        trained: Whether levels will be trained: they leave their grid then, in more bytes.
         data_aware: Round in the metric of the samples; otherwise from the weights alone.
         seed: Seed of the sampled positions.
         threads: Threads of every session.
@@ -135,6 +138,7 @@ class Storage:
         measured: int,
         *,
         exclude: str | None,
+        trained: bool,
         data_aware: bool,
         seed: int,
         threads: int,
@@ -145,6 +149,7 @@ class Storage:
         self._model = work
         self._batches = batches
         self._measured = measured
+        self._trained = trained
         self._data_aware = data_aware
         self._seed = seed
         self._threads = threads
@@ -179,12 +184,20 @@ class Storage:
                 if not found:
                     raise
                 break
-            size = packed_bytes(stored.model)
+            size = packed_bytes(stored.model) + self._room(stored.model)
             found[size] = stored
             if _CLOSE * limit <= size <= limit:
                 break
             scale = max(8.0 * (size - fixed) / max(bits, 1.0), 0.1)
         return found[max((size for size in found if size <= limit), default=min(found))]
+
+    def _room(self, model: Model) -> int:
+        """Return the bytes that levels take once they are trained, and no grid any more."""
+        if not self._trained:
+            return 0
+        kernels = [w for w in model.weights.values() if w.ndim > 1 and w.dtype.kind == "f"]
+        books = [distinct(kernel, _TRAINED_LEVELS) for kernel in kernels]
+        return sum(_LEVEL_BYTES * len(book) for book in books if book is not None)
 
     def in_bytes(self) -> Stored:
         """Return the model with at most 256 levels per weight, for indices of one byte."""

@@ -40,6 +40,7 @@ def output_change(
 def make(model: Model, **options: object) -> Storage:
     given = {
         "exclude": None,
+        "trained": False,
         "data_aware": True,
         "seed": 0,
         "threads": 1,
@@ -71,6 +72,23 @@ def test_the_packed_file_is_within_the_limit_and_nearly_uses_it_up(tmp_path):
         assert len(result.report.actions) == len(values(model))
     assert changes == sorted(changes)
     assert changes[0] < 0.02
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_levels_that_are_trained_still_fit(trained):
+    """Levels off their grid take more bytes; without room for them the file outgrows it."""
+    model, rng = wide(), np.random.default_rng(0)
+    limit = 0.1 * model.file_bytes
+    found = make(model, trained=trained).within(limit).model
+    moved = {}
+    for name, array in found.weights.items():
+        levels, index = np.unique(array, return_inverse=True)
+        if array.ndim > 1 and array.dtype == np.float32:
+            off = levels * rng.uniform(1, 1.01, levels.shape).astype(np.float32)
+            moved[name] = off[index].reshape(array.shape)
+    size = codec.packed_bytes(Model(found.skeleton, {**found.weights, **moved}))
+    assert (size <= limit) == trained
+    assert size > 0.85 * limit
 
 
 def test_it_loses_less_than_the_nearest_levels_of_one_step():
