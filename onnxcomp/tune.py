@@ -80,7 +80,8 @@ class Tuning:
         blocks: What the ends of blocks are used for that both graphs have: "added" compares
             them beside the outputs; "first" trains each block by its own end for half of the
             epochs, all in one pass, and then goes on as with "added"; "off" compares outputs
-            only; "auto" is "first" where the outputs are more than 10 % off, else "added".
+            only; "auto" is "first" where the outputs are more than 10 % off, else "off", as
+            nearly right outputs pay for better blocks.
         augment: "none"; "light": images become light copies, other ones at every step;
             "mixup": two thirds of them get parts of others too.
         batch: Samples per step, at least 1.
@@ -223,14 +224,7 @@ class _Run:
         if self._blocks != "off" and not self._teacher.ends:
             self._notes.append("no block ends alike in both graphs; compares outputs only")
             self._blocks = "off"
-        self._course = Course(
-            fit,
-            self._teacher,
-            model.signature.inputs,
-            augmentation=tuning.augment,
-            ends=self._blocks != "off",
-            classes=classes,
-        )
+        self._fit, self._classes = fit, classes
         self._distillation: Distillation | None = None
         self._before: float | None = None
         self._history: list[Epoch] = []
@@ -264,12 +258,20 @@ class _Run:
 
         held = self._examples(self._held, ends=False, each=check)
         judge, phases = self._objectives()
+        course = Course(
+            self._fit,
+            self._teacher,
+            self._model.signature.inputs,
+            augmentation=self._tuning.augment,
+            ends=self._blocks != "off",
+            classes=self._classes,
+        )
         self._module.to(self._tuning.device)
         for index, (phase, objective) in enumerate(phases):
             self._distillation = Distillation(
                 self._module,
                 objective,
-                self._course,
+                course,
                 judge,
                 held,
                 self._training,
@@ -305,7 +307,10 @@ class _Run:
                 self._notes.append(phase.ended)
 
     def _objectives(self) -> tuple[Objective, list[tuple[str, Objective]]]:
-        """Return what judges on the hold-out, and what each phase trains for."""
+        """Return what judges on the hold-out, and what each phase trains for.
+
+        Decides what becomes of the ends of blocks, where that is left open.
+        """
         from onnxcomp.bridge.objective import BlockObjective, Examples, Objective
 
         few = self._examples(self._scaled_on, ends=self._blocks != "off")
@@ -315,12 +320,13 @@ class _Run:
         batch, scores = self._training.batch, self._scores
         plain = Objective(*given, alone, batch)
         judge = Objective(*given, alone, batch, scores) if scores else plain
+        if self._blocks == "auto":
+            self._blocks = "first" if plain.of(self._module, alone) > _FAR else "off"
         if self._blocks == "off":
             return judge, [("outputs", judge)]
-        far = self._blocks == "auto" and plain.of(self._module, alone) > _FAR
         ends = [end.name for end in self._teacher.ends]
         phases = [("outputs", Objective(*given, few, batch, scores, ends))]
-        if far or self._blocks == "first":
+        if self._blocks == "first":
             phases.insert(0, ("blocks", BlockObjective(*given, few, batch, None, ends)))
         return judge, phases
 
