@@ -27,6 +27,7 @@ NAMES = (
     "record",
     "resume",
     "scale",
+    "selection",
     "shared_tensors",
     "storage",
     "tune",

@@ -117,7 +117,7 @@ def training_file(model: str, options: Options) -> str:
     return str(file)
 
 
-def _fit(model: str, options: Options) -> str:
+def fitting_file(model: str, options: Options) -> str:
     """Return the file of samples to fit on, without labels."""
     file = options.work / f"{model}.fit.npz"
     count = IMAGES if model in (RESNET56, RESNET20) else None
@@ -129,7 +129,7 @@ def _fit(model: str, options: Options) -> str:
 def _compressing(model: str, macs: float, options: Options) -> Job:
     arguments = {
         "model": model,
-        "data": _fit(model, options),
+        "data": fitting_file(model, options),
         "out": str(options.work / f"{model}-{macs:g}.onnx"),
         "macs": macs,
         "grid": "off",
@@ -144,7 +144,7 @@ def _tuning(case: Case, options: Options) -> Job:
     arguments = {
         "model": str(options.work / f"{case.model}-{case.macs:g}.onnx"),
         "teacher": case.model,
-        "data": (training_file if case.labels else _fit)(case.model, options),
+        "data": (training_file if case.labels else fitting_file)(case.model, options),
         "out": str(options.work / f"{case.name}-tuned.onnx"),
         "seconds": case.seconds,
         "seed": options.seed,
