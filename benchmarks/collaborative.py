@@ -31,7 +31,7 @@ from benchmarks.common import (
     run_jobs,
     shared_folder,
 )
-from benchmarks.tune import LABELLED, training_file
+from benchmarks.tune import training_file
 from onnxcomp.analysis import Analysis
 from onnxcomp.numerics.collaborative import Removal, sensitivity
 from onnxcomp.passes.compress_collaboratively import CompressCollaboratively
@@ -163,7 +163,7 @@ def _tuned(model: str, rows: list[dict[str, Any]], options: Options) -> list[dic
     known = {
         "teacher": model,
         "data": training_file(model, options),
-        **LABELLED,
+        "labels": True,
         "seconds": QUICK_TUNED_S if options.quick else TUNED_S,
         "seed": options.seed,
     }

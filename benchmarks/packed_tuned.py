@@ -57,7 +57,7 @@ def _tuning(model: str, made: Job, seconds: float, options: Options) -> Job:
         "teacher": model,
         "data": tune.training_file(model, options),
         "out": str(file.with_name(f"{file.stem}-tuned.onnxc")),
-        **tune.LABELLED,
+        "labels": True,
         "seconds": seconds,
         "seed": options.seed,
     }

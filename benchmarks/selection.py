@@ -190,7 +190,7 @@ def _tuned(
             "out": row["file"].replace(".onnx", "-tuned.onnx"),
             "seconds": max(whole - spent, _LEAST_TRAINED * whole),
             "seed": options.seed,
-            **(tune.LABELLED if labelled else {}),
+            "labels": labelled,
         }
         jobs.append(Job("benchmarks.tune:tune", arguments, timeout_s=_OVERTIME_S))
     answers = run_jobs(jobs, workers=options.threads, kept=options.work / "answers")
