@@ -282,7 +282,7 @@ class _Run:
                 self._before = self._distillation.before
             box = deadline.share(1 / (len(phases) - index))
             given = max((self._tuning.epochs or _EPOCHS) // len(phases), 1)
-            self._distillation.plan(self._epochs(self._distillation, store, box, given))
+            self._distillation.plan(self._steps(self._distillation, store, box, given))
             self._finish(self._distillation, store, deadline, progress)
             if self._processes.total(deadline.passed):
                 return
@@ -335,21 +335,22 @@ class _Run:
 
         return Examples(samples, self._teacher.values(samples, **options))
 
-    def _epochs(
-        self, phase: Distillation, store: Store, deadline: Deadline, given: int
+    def _steps(
+        self, phase: Distillation, store: Store, deadline: Deadline, epochs: int
     ) -> int:
-        """Return the epochs of a phase: those given, of an earlier run, or what time holds."""
+        """Return the steps of a phase: as given, of an earlier run, or what time holds."""
+        given = epochs * phase.per_epoch
         if self._tuning.epochs is not None:
             return given
-        kept = self._processes.from_first(store.get("epochs", phase.phase))
+        kept = self._processes.from_first(store.get("steps", phase.phase))
         if kept is not None:
             return int(kept)
-        epochs = given
         if not math.isinf(deadline.left):
-            fitting = int(_FILLED * deadline.left / phase.epoch_seconds())
-            epochs = self._processes.from_first(min(max(fitting, 1), _MOST_EPOCHS))
-        store.put("epochs", phase.phase, epochs)
-        return int(epochs)
+            fitting = int(_FILLED * deadline.left / phase.step_seconds())
+            most = _MOST_EPOCHS * phase.per_epoch
+            given = int(self._processes.from_first(min(max(fitting, 1), most)))
+        store.put("steps", phase.phase, given)
+        return given
 
     def _written(self, last: Distillation, interrupted: bool) -> TuneResult:
         """Return the best weights in the graph, if they are better there too."""

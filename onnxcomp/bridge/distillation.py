@@ -26,7 +26,8 @@ from onnxcomp.samples import Samples
 State = dict[str, Any]
 """A training so far: plain values and NumPy arrays."""
 
-_PATIENCE = 4  # part of the epochs that may pass without a better one, where they are many
+_PATIENCE = 4  # part of the looks that may pass without a better one, where they are many
+_LOOK_STEPS = 256  # behind which the weights are judged within a long pass
 
 
 class Lessons(Protocol):
@@ -55,7 +56,9 @@ class Distillation:
         best: Weights of the best average so far, in the order of the module's Parameters;
             None as long as none did better than the module as given.
         best_loss: Their hold-out loss, or `before`.
-        history: The epochs so far.
+        history: The epochs so far, or parts of long ones.
+        per_epoch: Steps of a pass over the samples.
+        steps: Steps of the whole training.
         ended: Why training ended, in words; empty where it went through.
 
     Args:
@@ -101,22 +104,20 @@ class Distillation:
         self._optimizer = training.make_optimizer(self._weights)
         self._average = [weight.detach().clone() for weight in self._weights]
         self._given = [weight.detach().clone() for weight in self._weights]
-        self._per_epoch = math.ceil(lessons.count / training.batch)
-        self._step, self._stale, self._running = 0, 0, 0.0
+        self.per_epoch = math.ceil(lessons.count / training.batch)
+        self.steps = self.per_epoch * training.epochs
+        self._per_look = min(self.per_epoch, _LOOK_STEPS)
+        self._step, self._stale, self._running, self._seen = 0, 0, 0.0, 0
         self.before = self.best_loss = self.loss_of(module)
         self.best: list[Tensor] | None = None
         self.history: list[Epoch] = []
         self.ended = ""
 
-    @property
-    def steps(self) -> int:
-        """Steps of all epochs."""
-        return self._per_epoch * self._training.epochs
-
-    def plan(self, epochs: int) -> None:
-        """Train for so many epochs, and wait for a better one for a quarter of many."""
-        patience = max(self._training.patience, epochs // _PATIENCE)
-        self._training = replace(self._training, epochs=epochs, patience=patience)
+    def plan(self, steps: int) -> None:
+        """Train for so many steps, and wait for better weights for a quarter of many."""
+        looks = steps // self._per_look
+        patience = max(self._training.patience, looks // _PATIENCE)
+        self.steps, self._training = steps, replace(self._training, patience=patience)
 
     def take_best(self) -> None:
         """Leave the module with its best weights, or those given."""
@@ -153,36 +154,39 @@ class Distillation:
             if not self._advance():
                 self.ended = "the loss became NaN or infinite; try a lower learning rate"
                 return
-            if self._step % self._per_epoch == 0:
-                self._close_epoch()
-            if self._step % self._per_epoch == 0 or time.monotonic() - saved > save_every_s:
+            looking = self._step % self._per_look == 0 or self._step == self.steps
+            if looking:
+                self._close_look()
+            if looking or time.monotonic() - saved > save_every_s:
                 save(self.state())
                 saved = time.monotonic()
             progress(self._label(), self._step / self.steps)
         if self._step < self.steps:
-            self.ended = f"no better hold-out loss in {self._stale} epochs"
+            self.ended = f"no better hold-out loss at the last {self._stale} looks"
 
     def _is_stale(self) -> bool:
         return self._stale >= self._training.patience
 
     def _label(self) -> str:
-        epoch = min(self._step // self._per_epoch + 1, self._training.epochs)
-        where = f"{self.phase}, epoch {epoch} of {self._training.epochs}"
+        epochs = math.ceil(self.steps / self.per_epoch)
+        where = (
+            f"{self.phase}, epoch {min(self._step // self.per_epoch + 1, epochs)} of {epochs}"
+        )
         last = self.history[-1].holdout_loss if self.history else self.before
         return f"tune: {where}, hold-out loss {self.before:.3g} -> {last:.3g}"
 
-    def epoch_seconds(self) -> float:
-        """Return about how long an epoch takes, from one step without effect."""
+    def step_seconds(self) -> float:
+        """Return about how long a step takes with its share of a look, without effect."""
         self._loss_and_gradients()  # is slower than those that follow
         start = time.monotonic()
         self._loss_and_gradients()
         step = time.monotonic() - start
         self.loss_of(self._module)
-        return self._per_epoch * step + (time.monotonic() - start - step)
+        return step + (time.monotonic() - start - step) / self._per_look
 
     def _loss_and_gradients(self) -> tuple[float, int]:
         """Return loss and number of the samples of a step, with their gradients computed."""
-        epoch, place = divmod(self._step, self._per_epoch)
+        epoch, place = divmod(self._step, self.per_epoch)
         seed, size = [self._training.seed, epoch], self._training.batch
         order = np.random.default_rng(seed).permutation(self._lessons.count)
         index = order[place * size : (place + 1) * size].tolist()
@@ -215,17 +219,17 @@ class Distillation:
                 average.lerp_(weight, 1 - decay)
             self._structure.settle(self._average)
         self._running += loss * count
+        self._seen += count
         self._step += 1
         return True
 
-    def _close_epoch(self) -> None:
-        fit_loss = self._running / self._lessons.count
-        number = self._step // self._per_epoch
+    def _close_look(self) -> None:
+        fit_loss, number = self._running / self._seen, self._step / self.per_epoch
         rate = self._training.rate(self._step - 1, self.steps)
         loss, better = self._look()
         self.history.append(Epoch(self.phase, number, fit_loss, loss, rate))
         self._stale = 0 if better else self._stale + 1
-        self._running = 0.0
+        self._running, self._seen = 0.0, 0
 
     def _look(self) -> tuple[float, bool]:
         """Return the hold-out loss of the averaged weights, and whether it is the best."""
@@ -250,6 +254,7 @@ class Distillation:
             "step": self._step,
             "stale": self._stale,
             "running": self._running,
+            "seen": self._seen,
             "weights": [_array(weight) for weight in self._weights],
             "average": [_array(average) for average in self._average],
             "optimizer": optimizer,
@@ -277,7 +282,7 @@ class Distillation:
         self.best_loss = state["best_loss"]
         self.history = [Epoch(*entry) for entry in state["history"]]
         self._step, self._stale = state["step"], state["stale"]
-        self._running = state["running"]
+        self._running, self._seen = state["running"], state["seen"]
 
 
 @contextmanager

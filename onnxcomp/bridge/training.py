@@ -32,7 +32,7 @@ class Training:
         weight_decay: That of kernels and matrices; vectors, such as biases, have none.
         average: Decay of the moving average of the weights, approached in the first steps.
         clip: Largest norm of a gradient.
-        patience: Epochs without a better hold-out loss before training ends.
+        patience: Looks at the hold-out loss without a better one before training ends.
         keep_structure: Exact zeros and codebooks stay; see `Structure`.
         seed: Seed of the order of the samples, and of what is drawn for them.
     """
@@ -86,18 +86,18 @@ class Training:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the samples.
+    """One pass over the samples, or a part of a long one.
 
     Attributes:
         phase: "blocks" or "outputs", see `tune`.
-        number: 1 for the first of a phase.
+        number: Passes of the phase so far, its own included.
         fit_loss: Mean loss of its steps.
         holdout_loss: Loss of the averaged weights behind it, on samples held out.
         learning_rate: That of its last step.
     """
 
     phase: str
-    number: int
+    number: float
     fit_loss: float
     holdout_loss: float
     learning_rate: float

@@ -132,5 +132,7 @@ def _view(result: TuneResult) -> Group:
         table.add_column(heading, justify="right")
     for epoch in result.history:
         losses = (f"{value:.4g}" for value in (epoch.fit_loss, epoch.holdout_loss))
-        table.add_row(epoch.phase, str(epoch.number), *losses, f"{epoch.learning_rate:.2g}")
+        table.add_row(
+            epoch.phase, f"{epoch.number:.3g}", *losses, f"{epoch.learning_rate:.2g}"
+        )
     return Group(table, f"hold-out loss: {result.before:.4g} -> {result.after:.4g}")

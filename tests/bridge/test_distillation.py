@@ -11,6 +11,7 @@ pytest.importorskip("torch", reason="the bridge needs PyTorch")
 import torch
 
 from onnxcomp.bridge import GraphModule, to_torch
+from onnxcomp.bridge import distillation as distillation_module
 from onnxcomp.bridge.distillation import Distillation, State
 from onnxcomp.bridge.objective import Examples, Objective, check_labels
 from onnxcomp.bridge.training import Training, check_device
@@ -201,9 +202,24 @@ def test_it_learns_and_keeps_the_best_average() -> None:
     assert found.ended == ""
 
 
+def test_long_passes_are_judged_on_the_way_and_may_end_within_one(monkeypatch) -> None:
+    monkeypatch.setattr(distillation_module, "_LOOK_STEPS", 2)
+    found, _ = training(Training(epochs=2, batch=4, learning_rate=3e-3))
+    assert found.per_epoch == 5
+    found.plan(7)
+    run(found)
+    assert [epoch.number for epoch in found.history] == [0.4, 0.8, 1.2, 1.4]
+    assert found.best_loss == min(epoch.holdout_loss for epoch in found.history)
+    assert found.ended == ""
+
+
+@pytest.mark.parametrize("looks", [2, 256])
 @pytest.mark.parametrize("steps", [0, 1, 3, 5, 12])
-def test_going_on_from_a_state_gives_the_same_as_undisturbed(steps: int) -> None:
+def test_going_on_from_a_state_gives_the_same_as_undisturbed(
+    steps: int, looks: int, monkeypatch
+) -> None:
     """20 samples in steps of 8 are three per epoch: the states lie within epochs too."""
+    monkeypatch.setattr(distillation_module, "_LOOK_STEPS", looks)
     whole, _ = training()
     run(whole)
     cut, _ = training()
@@ -250,7 +266,7 @@ def test_it_ends_where_nothing_gets_better() -> None:
     objective = Objective(model, module, exact, 8, None)
     found = distillation(module, objective, exact, exact, settings)
     run(found)
-    assert found.ended == "no better hold-out loss in 3 epochs"
+    assert found.ended == "no better hold-out loss at the last 3 looks"
     assert len(found.history) < 10
 
 
