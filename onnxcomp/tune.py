@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from onnxcomp.analysis.outputs import class_scores
 from onnxcomp.errors import DataError, ParameterError, ValidationError
-from onnxcomp.model import Array, Model
+from onnxcomp.model import Model
 from onnxcomp.runtime import capture_tensors
 from onnxcomp.samples import Samples, as_samples
 from onnxcomp.search.deadline import Deadline, Progress, TimeLimitReached
@@ -117,6 +117,7 @@ def tune(
     data: Samples | Mapping[str, Any] | Iterable[Any],
     tuning: Tuning | None = None,
     *,
+    held: Samples | Mapping[str, Any] | Iterable[Any] | None = None,
     time_limit: float | None = None,
     resume: str | Path | None = None,
     progress: Progress | None = None,
@@ -133,6 +134,7 @@ def tune(
         teacher: The original, with the same inputs and outputs.
         data: At least two samples; labels are read where `tuning` says so.
         tuning: How to train.
+        held: Samples that judge, instead of a part of `data`.
         time_limit: Seconds after which training stops.
         resume: Folder of the state, from which a run of the same arguments goes on.
         progress: Called with a label and the share of the phase that is done.
@@ -151,7 +153,7 @@ def tune(
     deadline, tuning = Deadline(time_limit), tuning or Tuning()
     threads = tuning.threads
     with torch_threads(threads), threadpool_limits(threads), joined() as processes:
-        run = _Run(model, teacher, data, tuning, processes)
+        run = _Run(model, teacher, data, held, tuning, processes)
         folder = None if resume is None else Path(resume)
         return run.result(folder, deadline, progress or (lambda *_: None))
 
@@ -181,6 +183,7 @@ class _Run:
         model: Model,
         teacher: Model,
         data: Any,
+        held: Any,
         tuning: Tuning,
         processes: Processes,
     ) -> None:
@@ -192,10 +195,9 @@ class _Run:
         if tuning.device != "cpu" and processes.count > 1:
             raise ParameterError("tune: several processes train on the CPU only; use cpu")
         check_signatures(model, teacher)
-        samples = as_samples(data, model.signature.inputs)
-        if tuning.labels and samples.labels is None:
-            raise DataError("tune: the data have no 'labels' to train on; leave labels out")
-        self._identity = identity_of(model, samples, "tune", tuning, teacher.digest)
+        fit, self._held = _parts(model, data, held, tuning)
+        judged = identity_of(teacher, self._held)
+        self._identity = identity_of(model, fit, "tune", tuning, judged)
         self._model, self._tuning, self._processes = model, tuning, processes
         self._training = training = Training(
             _EPOCHS if tuning.epochs is None else tuning.epochs,
@@ -206,8 +208,6 @@ class _Run:
             seed=tuning.seed,
         )
         self._module: GraphModule = to_torch(model)
-        held = min(_HELD_SHARE, _MOST_HELD / samples.count)
-        fit, self._held = samples.split(training.seed, held)
         self._few = self._held.take(range(min(_GATE_SAMPLES, self._held.count)))
         self._tolerance = tolerance_of(model)
         check_equal(self._module, model, self._few, tolerance=self._tolerance)
@@ -217,8 +217,8 @@ class _Run:
             model, teacher, looked, threads=tuning.threads, batch=training.batch
         )
         self._scores, classes = None, 0
-        if tuning.labels and samples.labels is not None:
-            self._scores, classes = _class_scores(model, looked, samples.labels)
+        if tuning.labels:
+            self._scores, classes = _class_scores(model, looked, fit, self._held)
         self._notes: list[str] = []
         self._blocks = tuning.blocks
         if self._blocks != "off" and not self._teacher.ends:
@@ -375,7 +375,21 @@ class _Run:
         return TuneResult(model, before, after, history, notes, interrupted)
 
 
-def _class_scores(model: Model, samples: Samples, labels: Array) -> tuple[str, int]:
+def _parts(model: Model, data: Any, held: Any, tuning: Tuning) -> tuple[Samples, Samples]:
+    """Return the samples to learn from and those to judge by."""
+    inputs = model.signature.inputs
+    samples = as_samples(data, inputs)
+    if held is None:
+        share = min(_HELD_SHARE, _MOST_HELD / samples.count)
+        parts = samples.split(tuning.seed, share)
+    else:
+        parts = samples, as_samples(held, inputs)
+    if tuning.labels and any(part.labels is None for part in parts):
+        raise DataError("tune: the data have no 'labels' to train on; leave labels out")
+    return parts
+
+
+def _class_scores(model: Model, samples: Samples, *parts: Samples) -> tuple[str, int]:
     """Return tensor and number of class scores, in front of Softmax, that fit the labels."""
     from onnxcomp.bridge.objective import check_labels
 
@@ -383,5 +397,7 @@ def _class_scores(model: Model, samples: Samples, labels: Array) -> tuple[str, i
     found = class_scores(model, facts)
     if found is None:
         raise DataError("tune: no output is class scores of shape (N, K); leave labels out")
-    check_labels(labels, found[1])
+    for part in parts:
+        if part.labels is not None:
+            check_labels(part.labels, found[1])
     return found

@@ -122,6 +122,20 @@ def test_common_factors_recover_and_stay_common(form: str) -> None:
     assert common <= changed(student, result.model)
 
 
+def test_samples_held_out_may_be_given() -> None:
+    teacher = residual()
+    student = noisy(teacher)
+    whole = Samples(inputs(teacher, 49))
+    data, held = whole.take(range(40)), whole.take(range(40, 49))
+    tuning = Tuning(**QUICK)
+    first, other = (
+        tune(student, teacher, data, tuning, held=part) for part in (held, data.take(range(9)))
+    )
+    assert first.improved
+    assert first.before != other.before
+    assert [e.fit_loss for e in first.history] == [e.fit_loss for e in other.history]
+
+
 def test_pruned_zeros_stay_zero() -> None:
     teacher = residual()
     rng = np.random.default_rng(0)

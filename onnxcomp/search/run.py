@@ -26,7 +26,13 @@ from onnxcomp.search.judge import Judge
 from onnxcomp.search.pursuit import Outcome, Pursuit
 from onnxcomp.search.search import Point, Search
 from onnxcomp.search.settings import Limits, Settings
-from onnxcomp.search.setup import Roles, assign_samples, invert_samples, make_search
+from onnxcomp.search.setup import (
+    Roles,
+    assign_samples,
+    invert_samples,
+    make_search,
+    split_samples,
+)
 from onnxcomp.search.space import Plan
 from onnxcomp.search.storage import without_codebook
 from onnxcomp.search.store import Store
@@ -241,7 +247,7 @@ class _Run:
             tuned,
             pursuit.best,
             self._original,
-            given,
+            split_samples(given, self._settings),
             self._settings,
             limits,
             fits=lambda model: search.within(model, limits),

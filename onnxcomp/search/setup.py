@@ -100,13 +100,13 @@ def assign_samples(
     if samples.count == 1:
         notes.append("one sample only: fitted and judged on the same input")
         return Roles(samples, samples, given)
-    fit, holdout = _split(samples, settings)
+    fit, holdout = split_samples(samples, settings)
     if given is not None:
         fit = _enlarged(model, fit, seed, notes)
     return Roles(fit, holdout, given)
 
 
-def _split(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:
+def split_samples(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:
     """Return samples to fit on and samples to judge by.
 
     Where drift is promised for new samples, those that judge are of other kinds than those
@@ -170,7 +170,7 @@ def invert_samples(
         "BatchNormalization recorded; expect to lose more than is shown, and give a few dozen "
         "real inputs with --data if there are any"
     )
-    fit, holdout = _split(samples, settings)
+    fit, holdout = split_samples(samples, settings)
     return Roles(_enlarged(original, fit, settings.seed, notes), holdout, None)
 
 
@@ -271,7 +271,7 @@ def _with_labels(roles: Roles, settings: Settings) -> Samples:
     if roles.given is None:
         name = CompressCollaboratively.name
         raise DataError(f"{name}: gradients need samples; give some with --data")
-    return _split(roles.given, settings)[0] if roles.given.count > 1 else roles.given
+    return split_samples(roles.given, settings)[0] if roles.given.count > 1 else roles.given
 
 
 def _kind(settings: Settings) -> Callable[..., Search]:

@@ -39,7 +39,7 @@ def check_tuning(given: Samples | None) -> None:
 def tuned(
     outcome: Outcome,
     original: Model,
-    given: Samples,
+    parts: tuple[Samples, Samples],
     settings: Settings,
     limits: Limits,
     *,
@@ -50,12 +50,12 @@ def tuned(
     progress: Progress,
     notes: list[str],
 ) -> tuple[Outcome, bool]:
-    """Train the model of an outcome, on the split that the search has made too.
+    """Train the model of an outcome, and never on samples that judge it.
 
     Args:
         outcome: What the search found.
         original: The vendor's model.
-        given: The user's samples.
+        parts: The user's samples to fit on and those to judge by, as the search has them.
         settings: Seed and threads.
         limits: Those on drop and drift are judged again.
         fits: Whether a model is within those on costs: a packed file may become larger.
@@ -69,7 +69,7 @@ def tuned(
         The outcome with the tuned model, or as it was where that is not better; and whether
         Ctrl-C ended the training.
     """
-    candidate = outcome.candidate
+    candidate, (fit, held) = outcome.candidate, parts
     # codebooks keep their number of values when they are trained
     model = in_form(candidate.model, "codebook") if candidate.stored else candidate.model
     start = time.monotonic()
@@ -77,8 +77,9 @@ def tuned(
         found = tune(
             model,
             original,
-            given,
+            fit,
             Tuning(seed=settings.seed, threads=settings.threads),
+            held=held,
             time_limit=_SECONDS if settings.time_limit is None else deadline.left,
             resume=resume,
             progress=progress,

@@ -49,6 +49,24 @@ def fake(monkeypatch, scale: float = 0.5, **given: object) -> list[float]:
     return limits
 
 
+@pytest.mark.parametrize("limits", [{"macs": 0.5}, {"drift": 0.3}], ids=str)
+def test_samples_that_judge_are_never_learnt_from(limits, monkeypatch) -> None:
+    seen = []
+
+    def tune(model: Model, _: Model, fit: Samples, *__: object, held: Samples, **___: object):
+        seen.append((fit, held))
+        return TuneResult(model, 0.1, 0.1, ())
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    found = run(**limits)
+    ((fit, held),) = seen
+    judged = found.report.ladder.evaluation.samples
+    rows = [{x.tobytes() for x in part.arrays["x"]} for part in (fit, held)]
+    assert not rows[0] & rows[1]
+    assert judged == held.count == len(rows[1])
+    assert fit.count + held.count == 48
+
+
 def test_the_result_is_tuned_and_said_to_be() -> None:
     plain, found = run(PLAIN, macs=0.5), run(macs=0.5)
     assert plain.plan == found.plan
