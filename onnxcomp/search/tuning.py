@@ -66,8 +66,7 @@ def tuned(
         notes: Receives what was gained.
 
     Returns:
-        The outcome with the tuned model, or as it was where that is not better; and whether
-        Ctrl-C ended the training.
+        The outcome, with the tuned model if that is better; whether Ctrl-C ended the training.
     """
     candidate, (fit, held) = outcome.candidate, parts
     # codebooks keep their number of values when they are trained
