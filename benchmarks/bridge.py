@@ -1,10 +1,9 @@
 """The bridge to torch: what converts and trains, and what one training step costs.
 
 Coverage: every shared model on its new samples, and every builder (of twins for CIFAR-10 and
-CIFAR-100 the first), written by both of torch's
-exporters with BatchNorm kept and folded, on noise.  A model is covered where outputs are those
-of onnxruntime, a gradient reaches every Parameter, and the untrained module goes back to the
-same bytes.
+CIFAR-100 the first), written by both of torch's exporters with BatchNorm kept and folded, on
+noise.  A model is covered where outputs are those of onnxruntime, a gradient reaches every
+Parameter, and the untrained module goes back to the same bytes.
 
 Training step: ResNet-18 at 112 x 112, batch 4, one thread: forward, backward and a step of
 gradient descent through the bridge, against the torch module that was exported.  Steps of both
@@ -18,10 +17,8 @@ from __future__ import annotations
 
 import collections
 import importlib.util
-import json
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +42,7 @@ from benchmarks.common import (
     model_path,
     run_child,
     run_jobs,
+    run_peer,
 )
 
 GOAL = 1.05  # of the hand-written module's time and memory
@@ -183,17 +181,11 @@ def _peer(python: str | None, model: Any, file: str, samples: Any) -> dict[str, 
         given = {f"in:{value.name}": feed[value.name] for value in model.signature.inputs}
         named = [answer[value.name] for value in model.signature.outputs]
         np.savez(arrays, **given, **{f"out:{i}": array for i, array in enumerate(named)})
-        script = Path(__file__).with_name("bridge_onnx2torch.py")
-        ran = subprocess.run(
-            [python, str(script), file, str(arrays)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if ran.returncode:
-        said = ran.stderr.strip().splitlines()[-1:]
-        return {"onnx2torch": {"failed": "".join(said)}}
-    return {"onnx2torch": json.loads(ran.stdout.splitlines()[-1])}
+        try:
+            found = run_peer(python, "bridge_onnx2torch.py", file, str(arrays))
+        except ChildError as error:
+            found = {"failed": str(error)}
+    return {"onnx2torch": found}
 
 
 def _is_covered(row: Mapping[str, Any]) -> bool:

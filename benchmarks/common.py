@@ -210,6 +210,29 @@ def run_child(
         return ChildRun(**json.loads(answer.read_text()))
 
 
+def run_peer(python: str, script: str, *arguments: str) -> Any:
+    """Return what a script beside this file prints at last, as JSON, in another environment.
+
+    Args:
+        python: Its interpreter.
+        script: Name of the script.
+        arguments: Those of the script.
+
+    Raises:
+        ChildError: It failed; the message is the last line that it wrote.
+    """
+    ran = subprocess.run(
+        [python, str(Path(__file__).with_name(script)), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **dict.fromkeys(THREAD_VARIABLES, "1")},
+        check=False,
+    )
+    if ran.returncode:
+        raise ChildError("".join(ran.stderr.strip().splitlines()[-1:]))
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
 def run_jobs(jobs: Sequence[Job], *, workers: int, kept: Path) -> list[ChildRun | ChildError]:
     """Make calls in fresh processes, some of them side by side.
 

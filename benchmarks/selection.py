@@ -24,10 +24,8 @@ from benchmarks.common import (
     Outcome,
     Table,
     interval,
-    paired_interval,
     percent,
     points,
-    run_child,
     run_jobs,
     shared_folder,
 )
@@ -200,7 +198,7 @@ def _tuned(
             found.append(row | {"error": str(answer)})
         else:
             tuned = {"tuned": job.arguments["out"], "tuned_s": answer.value["tuned_s"]}
-            found.append(row | tuned | {"epochs": len(answer.value["epochs"])})
+            found.append(row | tuned | {"epochs": answer.value["epochs"]})
     return [*found, *(row for row in made if "file" not in row)]
 
 
@@ -223,19 +221,12 @@ def _judged(
 ) -> list[dict[str, Any]]:
     """Return all networks with accuracy or drift, before and after training, and latency."""
     rows = [row for row in made if "tuned" in row]
-    files = [row[key] for key in ("file", "tuned") for row in rows]
-    labelled = model == tune.RESNET20
-    original, *judged = run_child(
-        "benchmarks.cases:judge", model=model, files=files, data=new, each=labelled
-    ).value
+    judged = tune.before_and_after(
+        model, [(row["file"], row["tuned"]) for row in rows], options
+    )
     times = _latency(model, rows, new, options)
-    for index, (row, timed) in enumerate(zip(rows, times, strict=True)):
-        for when, seen in (("before", judged[index]), ("after", judged[len(rows) + index])):
-            row[f"drift_{when}"], row[f"top1_{when}"] = seen["relative_l2"], seen["top1"]
-        if labelled:
-            right = [judged[len(rows) + index]["right"]]
-            row["lost"] = paired_interval(right, original["right"], seed=options.seed)
-        row |= timed
+    for row, seen, timed in zip(rows, judged, times, strict=True):
+        row |= seen | timed
     return [{"model": model, **row} for row in made]
 
 
@@ -257,10 +248,10 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
                 *head,
                 f"{row['ms']:.3f}",
                 interval(row["ratio"]),
-                str(row["epochs"]),
+                f"{row['epochs']:.3g}",
                 *(f"{row[f'drift_{when}']:.4f}" for when in ("before", "after")),
                 *(percent(row[f"top1_{when}"], 2) for when in ("before", "after")),
-                points(row.get("lost")),
+                points(row["lost_after"]),
             )
         )
     return Table("Operators by gradient and other ways, after equal training", columns, cells)

@@ -7,12 +7,10 @@ which are the same for all; the paper's formats alone hold their own.
 from __future__ import annotations
 
 import importlib
-import json
 import lzma
 import os
-import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.common import THREAD_VARIABLES, SkippedError
+from benchmarks.common import ChildError, SkippedError, run_peer
 from onnxcomp.codec.huffman import Huffman
 from onnxcomp.codec.paper_formats import FORMATS
 
@@ -148,17 +146,10 @@ def cabac(tensors: Sequence[Ranks], folder: Path) -> Timed | None:
         return None
     path = folder / "levels.npz"
     np.savez(path, **{f"t{i}": tensor.levels for i, tensor in enumerate(tensors)})
-    ran = subprocess.run(
-        [python, str(Path(__file__).with_name("storage_cabac.py")), str(path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **dict.fromkeys(THREAD_VARIABLES, "1")},
-        check=False,
-    )
-    if ran.returncode:
-        said = ran.stderr.strip().splitlines()[-1:]
-        raise SkippedError(f"{CABAC_PYTHON}={python} cannot run DeepCABAC: {''.join(said)}")
-    answer: Mapping[str, Any] = json.loads(ran.stdout)
+    try:
+        answer = run_peer(python, "storage_cabac.py", str(path))
+    except ChildError as error:
+        raise SkippedError(f"{CABAC_PYTHON}={python} cannot run DeepCABAC: {error}") from error
     return Timed(answer["bytes"], answer["encode_s"], answer["decode_s"])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +46,9 @@ class TuneResult:
         model: The tuned model, which differs from the given one in values of initializers
             only; the given one where nothing did better.
         before: Loss of the given model on the samples held out: the squared change of the
-            outputs over the teacher's variance, averaged over outputs.  With labels the cross
-            entropy is added.  None where the run ended before it was known.
+            outputs over the teacher's variance, averaged over outputs.  With labels the
+            cross entropy is added, see `Tuning.labels`.  None where the run ended before it was
+            known.
         after: That of `model`, at most `before`.
         history: The epochs, those of earlier runs that were resumed included.
         notes: What else is to be said, such as why training ended early.
@@ -67,6 +67,11 @@ class TuneResult:
         """Whether the model is another one than was given."""
         return self.before is not None and self.after is not None and self.after < self.before
 
+    @property
+    def epochs(self) -> float:
+        """Passes over the samples, of all phases."""
+        return sum({epoch.phase: epoch.number for epoch in self.history}.values())
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -76,7 +81,7 @@ class Tuning:
         epochs: Passes over the samples, at least 1; None = as many as the time limit holds,
             or 20 without one.  A resumed run keeps its number.
         labels: Learn from the labels too: classes of the output of class scores, or the
-            shares of all classes.
+            shares of all classes.  Each counts by how far off it the teacher is.
         blocks: What the ends of blocks are used for that both graphs have: "added" compares
             them beside the outputs; "first" trains each block by its own end for half of the
             epochs, all in one pass, and then goes on as with "added"; "off" compares outputs
@@ -156,11 +161,6 @@ def tune(
         run = _Run(model, teacher, data, held, tuning, processes)
         folder = None if resume is None else Path(resume)
         return run.result(folder, deadline, progress or (lambda *_: None))
-
-
-def leads() -> bool:
-    """Say whether this process writes: it is alone, or the first that `torchrun` started."""
-    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def check_torch() -> None:

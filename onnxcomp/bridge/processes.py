@@ -71,12 +71,20 @@ class Processes:
 ALONE = Processes()
 
 
+def leads() -> bool:
+    """Say whether this process writes: it is alone, or the first that `torchrun` started."""
+    return not _started_by_torchrun() or os.environ.get("RANK", "0") == "0"
+
+
+def _started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ  # clusters set the others for their own ends
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """Join the processes that `torchrun` started, on the CPU; one is alone without it."""
-    started = "TORCHELASTIC_RUN_ID" in os.environ  # a cluster sets the others for its own ends
-    count = int(os.environ.get("WORLD_SIZE", "1")) if started else 1
-    if count == 1:
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if not _started_by_torchrun() or count == 1:
         yield ALONE
         return
     distributed.init_process_group("gloo")

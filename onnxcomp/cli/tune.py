@@ -18,7 +18,7 @@ from onnxcomp.loading import load, write_model
 from onnxcomp.opening import check_outputs, open_model
 from onnxcomp.report.progress import ProgressView
 from onnxcomp.teaching import AUGMENTATIONS, check_signatures
-from onnxcomp.tune import BLOCKS, TuneResult, Tuning, leads
+from onnxcomp.tune import BLOCKS, TuneResult, Tuning, check_torch
 from onnxcomp.tune import tune as tune_model
 
 Teacher = Annotated[
@@ -85,6 +85,9 @@ def tune(
         seed=seed or 0,
         threads=threads or 1,
     )
+    check_torch()
+    from onnxcomp.bridge.processes import leads
+
     first = leads()
     shown = ProgressView(stderr(), quiet=quiet or not first, time_limit_s=time_limit)
     with shown as progress:

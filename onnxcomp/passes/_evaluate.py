@@ -146,8 +146,7 @@ def _run(node: Node, inputs: Sequence[Array | None], opset: int) -> list[Array]:
             return [result]
         return [result.astype(first.dtype)]
     if node.op == "DequantizeLinear":
-        # its first two operands are never absent, which the types do not say
-        return [_dequantize(node, *inputs)]  # type: ignore[arg-type]
+        return [_dequantize(node, *inputs)]  # type: ignore[arg-type]  # the first two are there
     if node.op == "Cast":
         _check_cast(inputs[0], node.attrs["to"])
     names = [name for name in dict.fromkeys(node.inputs) if name]

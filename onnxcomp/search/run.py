@@ -31,7 +31,6 @@ from onnxcomp.search.setup import (
     assign_samples,
     invert_samples,
     make_search,
-    split_samples,
 )
 from onnxcomp.search.space import Plan
 from onnxcomp.search.storage import without_codebook
@@ -240,14 +239,14 @@ class _Run:
 
     def _tune(self, pursuit: Pursuit, limits: Limits, keep: Keep, resume: Path | None) -> None:
         """Let the best candidate learn from the original; the result is the best then."""
-        given, search = self._samples.given, self._search
-        if given is None or pursuit.best.candidate is search.nothing:
+        samples, search = self._samples, self._search
+        if pursuit.best.candidate is search.nothing:
             return
         learn = partial(
             tuned,
             pursuit.best,
             self._original,
-            split_samples(given, self._settings),
+            (samples.plain, samples.holdout),
             self._settings,
             limits,
             fits=lambda model: search.within(model, limits),

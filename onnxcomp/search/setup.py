@@ -61,11 +61,13 @@ class Roles:
 
     Attributes:
         fit: To solve arrays and to measure losses, with light copies where there are few.
+        plain: The same without copies.
         holdout: To judge candidates.
         given: The user's samples; None where noise or inverted images stand for them.
     """
 
     fit: Samples
+    plain: Samples
     holdout: Samples
     given: Samples | None
 
@@ -99,14 +101,13 @@ def assign_samples(
     samples = random_inputs(model, _RANDOM_SAMPLES, seed=seed) if given is None else given
     if samples.count == 1:
         notes.append("one sample only: fitted and judged on the same input")
-        return Roles(samples, samples, given)
-    fit, holdout = split_samples(samples, settings)
-    if given is not None:
-        fit = _enlarged(model, fit, seed, notes)
-    return Roles(fit, holdout, given)
+        return Roles(samples, samples, samples, given)
+    plain, holdout = _split(samples, settings)
+    fit = plain if given is None else _enlarged(model, plain, seed, notes)
+    return Roles(fit, plain, holdout, given)
 
 
-def split_samples(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:
+def _split(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:
     """Return samples to fit on and samples to judge by.
 
     Where drift is promised for new samples, those that judge are of other kinds than those
@@ -148,7 +149,7 @@ def invert_samples(
         DataError: A method needs the user's own.
     """
     if CompressCollaboratively.name in settings.methods:
-        _with_labels(noise, settings)  # raises before work is done for nothing
+        _check_gradients(noise)  # before work is done for nothing
     store = store.scoped(identity_of(original, None, "inverted", settings.seed))
     arrays, reason = store.get("images", ()), ""
     if arrays is None:
@@ -170,8 +171,8 @@ def invert_samples(
         "BatchNormalization recorded; expect to lose more than is shown, and give a few dozen "
         "real inputs with --data if there are any"
     )
-    fit, holdout = split_samples(samples, settings)
-    return Roles(_enlarged(original, fit, settings.seed, notes), holdout, None)
+    plain, holdout = _split(samples, settings)
+    return Roles(_enlarged(original, plain, settings.seed, notes), plain, holdout, None)
 
 
 def _inverted(
@@ -237,7 +238,8 @@ def make_search(
     work = working_model(prepared, roles.fit, seed=settings.seed)
     known = roles.fit
     if CompressCollaboratively.name in settings.methods:
-        known = _with_labels(roles, settings)
+        _check_gradients(roles)
+        known = roles.plain  # whose labels are known
     facts = Analysis(work, known, seed=settings.seed, threads=settings.threads)
     adaptation = None
     if roles.given is None and not roles.inverted and settings.data_aware:
@@ -262,8 +264,8 @@ def make_search(
     )
 
 
-def _with_labels(roles: Roles, settings: Settings) -> Samples:
-    """Return the samples to fit on as they were given, with their labels, for gradients.
+def _check_gradients(roles: Roles) -> None:
+    """Check that there are samples of the user's to take gradients on.
 
     Raises:
         DataError: There are none.
@@ -271,7 +273,6 @@ def _with_labels(roles: Roles, settings: Settings) -> Samples:
     if roles.given is None:
         name = CompressCollaboratively.name
         raise DataError(f"{name}: gradients need samples; give some with --data")
-    return split_samples(roles.given, settings)[0] if roles.given.count > 1 else roles.given
 
 
 def _kind(settings: Settings) -> Callable[..., Search]:

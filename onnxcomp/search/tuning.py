@@ -102,9 +102,4 @@ def _told(found: TuneResult, seconds: float) -> str:
     if found.before is None or found.after is None:
         return f"not tuned: {found.notes[-1]}"
     gain = f"hold-out loss {found.before:.4g} -> {found.after:.4g}"
-    return f"tuned for {seconds:.0f} s and {_epochs(found):.3g} epochs: {gain}"
-
-
-def _epochs(found: TuneResult) -> float:
-    """Return the passes over the samples, of all phases."""
-    return sum({epoch.phase: epoch.number for epoch in found.history}.values())
+    return f"tuned for {seconds:.0f} s and {found.epochs:.3g} epochs: {gain}"

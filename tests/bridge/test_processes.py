@@ -20,9 +20,8 @@ from onnxcomp import load
 from onnxcomp.bridge import to_torch
 from onnxcomp.bridge.distillation import Distillation
 from onnxcomp.bridge.objective import Objective
-from onnxcomp.bridge.processes import ALONE, Processes, joined
+from onnxcomp.bridge.processes import ALONE, Processes, joined, leads
 from onnxcomp.bridge.training import Training
-from onnxcomp.tune import leads
 from tests.bridge.test_distillation import Fixed, examples
 from tests.search.searching import inputs, wide
 from tests.test_tune import noisy

@@ -286,7 +286,7 @@ def labelled(searching: Searching, right: float) -> Roles:
     found = next(iter(classes.values())).argmax(axis=1)
     wrong = np.arange(len(found)) >= right * len(found)
     labels = np.where(wrong, (found + 1) % 16, found)
-    return Roles(searching.roles.fit, Samples(holdout.arrays, labels), None)
+    return replace(searching.roles, holdout=Samples(holdout.arrays, labels))
 
 
 def test_memorised_samples_are_noted():
