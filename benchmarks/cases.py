@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 import onnxcomp
@@ -130,12 +131,13 @@ def judge(
         model: The original's name, or its file.
         files: Candidates.
         data: New samples, an `.npz` file.
-        each: Say of every sample, too, whether it was right.
+        each: Say of every sample, too, whether it was right, where there are labels.
 
     Returns:
         For the original and then every candidate: `samples`, their number; `top1` and
         `agreement` with the original, or None without labels; `relative_l2` of the worst
-        output; and `right`, a string of "1" and "0".
+        output; `reconstruction`, the mean squared error of an output that has the shape of
+        the input, else None; and `right`, a string of "1" and "0".
     """
     original = onnxcomp.load(file_of(model))
     samples = onnxcomp.load_samples(data, original.signature.inputs)
@@ -148,10 +150,18 @@ def judge(
         row: dict[str, Any] = {"samples": samples.count, "top1": None, "agreement": None}
         row |= {name: load_metric(name).score(outputs, samples, expected) for name in names}
         row["relative_l2"] = max(d.relative_l2 for d in drifts)
-        if each:
+        row["reconstruction"] = _reconstruction(outputs, samples)
+        if each and names:
             row["right"] = _right(outputs, samples)
         found.append(row)
     return found
+
+
+def _reconstruction(outputs: Mapping[str, Array], samples: onnxcomp.Samples) -> float | None:
+    (given, *others), (found, *more) = samples.arrays.values(), outputs.values()
+    if others or more or given.shape != found.shape:
+        return None
+    return float(np.mean(np.square(found.astype(np.float64) - given)))
 
 
 def _right(outputs: Mapping[str, Array], samples: onnxcomp.Samples) -> str:

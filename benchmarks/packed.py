@@ -69,12 +69,9 @@ def run(options: Options) -> Outcome:
 
 def job(model: str, size: float, way: str, options: Options) -> Job:
     """Return the call that makes a file of a size in one of the `METHODS`."""
-    fit = options.work / f"{model}.fit.npz"
-    count = QUICK_IMAGES if options.quick else IMAGES
-    data.ensure_part(model, "fit", fit, count, options.seed)
     arguments = {
         "model": model,
-        "data": str(fit),
+        "data": fitting_file(model, options),
         "out": str(options.work / f"{model}-{size:g}-{way}.onnxc"),
         "size": size,
         "methods": list(METHODS[way]),
@@ -86,8 +83,16 @@ def job(model: str, size: float, way: str, options: Options) -> Job:
     return Job("benchmarks.cases:compress", arguments, timeout_s=_TIMEOUT_S)
 
 
+def fitting_file(model: str, options: Options) -> str:
+    """Return the file of unlabelled samples to fit on."""
+    fit = options.work / f"{model}.fit.npz"
+    count = QUICK_IMAGES if options.quick else IMAGES
+    data.ensure_part(model, "fit", fit, count, options.seed)
+    return str(fit)
+
+
 def judge(model: str, rows: list[dict[str, Any]], options: Options) -> None:
-    """Add to rows that name a `file` what it loses on the test images; remove the files."""
+    """Add to rows that name a `file` what it loses on new samples; remove the files."""
     new = data.sample_file(options.work, model, "new")
     data.ensure_part(model, "new", new, 500 if options.quick else None, options.seed)
     files = [row["file"] for row in rows]
@@ -95,8 +100,13 @@ def judge(model: str, rows: list[dict[str, Any]], options: Options) -> None:
         "benchmarks.cases:judge", model=model, files=files, data=str(new), each=True
     ).value
     for row, seen in zip(rows, judged, strict=True):
-        row |= {"top1": seen["top1"], "relative_l2": seen["relative_l2"]}
-        row["lost"] = paired_interval([seen["right"]], original["right"], seed=options.seed)
+        row |= {"top1": seen["top1"], "relative_l2": seen["relative_l2"], "lost": None}
+        if "right" in seen:
+            row["lost"] = paired_interval(
+                [seen["right"]], original["right"], seed=options.seed
+            )
+        elif seen["reconstruction"] is not None:
+            row["error_ratio"] = seen["reconstruction"] / original["reconstruction"]
         Path(row.pop("file")).unlink()
 
 

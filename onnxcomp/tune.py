@@ -46,9 +46,8 @@ class TuneResult:
         model: The tuned model, which differs from the given one in values of initializers
             only; the given one where nothing did better.
         before: Loss of the given model on the samples held out: the squared change of the
-            outputs over the teacher's variance, averaged over outputs.  With labels the
-            cross entropy is added, see `Tuning.labels`.  None where the run ended before it was
-            known.
+            outputs over the teacher's variance, averaged over outputs; with labels, and their
+            cross entropy as in `Tuning`.  None where the run ended before it was known.
         after: That of `model`, at most `before`.
         history: The epochs, those of earlier runs that were resumed included.
         notes: What else is to be said, such as why training ended early.
