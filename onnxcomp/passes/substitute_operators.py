@@ -3,6 +3,7 @@
     grouped         k x k in groups
     pointwise       1 x 1 at the middle of the window, also in groups
     row, column     1 x k or k x 1 at the middle
+    cross           the sum of both
     dilated         3 x 3 that spans a window of 5, 7, ...
     separable       depthwise k x k, then 1 x 1: one such pair, or a sum of up to four
 
@@ -36,13 +37,13 @@ from onnxcomp.numerics.factorization import PatchMetric, squared_error
 from onnxcomp.numerics.substitution import restricted, separable, spread
 from onnxcomp.passes.base import Arrays, Need, Option, Proposal, node_proposal
 from onnxcomp.passes.chains import reason_to_stay
-from onnxcomp.passes.windows import cropped, reads_middle, window_of
+from onnxcomp.passes.windows import cropped, reads_middle, windows_of
 
 if TYPE_CHECKING:
     from onnxcomp.analysis import Analysis
     from onnxcomp.draft import Draft
 
-FITTED = ("grouped", "pointwise", "row", "column", "dilated", "separable")
+FITTED = ("grouped", "pointwise", "row", "column", "cross", "dilated", "separable")
 BYPASS = "bypass"
 TRAINED = ("separable_twice", "average_pool", "max_pool", "skip")
 _ACTIVATIONS = ("Clip", "LeakyRelu", "Relu")
@@ -142,7 +143,8 @@ class SubstituteOperators:
 
         Returns:
             The kernels by name ("0", "1"), as Conv stores them, those of several separable
-            convolutions side by side; and the dense kernel that equals them together.
+            convolutions side by side, the middle of a cross in its row; and the dense kernel
+            that equals them together.
         """
         shape = kernel.shape
         m, c, extents = shape[0], shape[1], shape[2:]
@@ -154,13 +156,21 @@ class SubstituteOperators:
             return {"0": filters, "1": pointwise}, found.dense().reshape(shape)
         if option.form == BYPASS:
             return {}, passed_on(shape)
-        window = window_of(option.form, extents)
-        if window is None or option.form in TRAINED:
+        windows = windows_of(option.form, extents)
+        if not windows:
             raise ParameterError.choice("SubstituteOperators.fit", "form", FITTED, option.form)
         groups = option.size[0] if option.size else 1
-        part = restricted(W, metric, groups=groups, positions=window.positions(extents))
-        dense = spread(part, c, W.shape[2], positions=window.positions(extents))
-        return {"0": part.reshape(m, -1, *window.counts)}, dense.reshape(shape)
+        read = tuple(dict.fromkeys(p for w in windows for p in w.positions(extents)))
+        part = restricted(W, metric, groups=groups, positions=read)
+        dense = spread(part, c, W.shape[2], positions=read)
+        kernels, used = {}, set[int]()
+        for index, window in enumerate(windows):
+            places = window.positions(extents)
+            own = part[:, :, [read.index(p) for p in places]]
+            kernel = np.where([p in used for p in places], 0.0, own)
+            kernels[str(index)] = kernel.reshape(m, -1, *window.counts)
+            used.update(places)
+        return kernels, dense.reshape(shape)
 
     def start(self, option: Option, kernel: Array, metric: PatchMetric | None, /) -> Arrays:
         """Return kernels to train from, of any form.
@@ -234,11 +244,9 @@ def chain(
         first = Convolution(c, c, linear.spatial, y, x, c)
         second = Convolution(c, c, linear.spatial, y, y, c)
         return [first, Convolution(c, c, 1, y, y), second, Convolution(c, m, 1, y, y)]
-    window = window_of(form, linear.kernel_shape)
-    if window is None:  # no weights
-        return []
-    count = int(np.prod(window.counts, dtype=np.int64))
-    return [Convolution(c, m, count, y, x, option.size[0] if option.size else 1)]
+    groups = option.size[0] if option.size else 1
+    counts = [int(np.prod(w.counts)) for w in windows_of(form, linear.kernel_shape)]
+    return [Convolution(c, m, count, y, x, groups) for count in counts]
 
 
 def seconds(linear: Linear, option: Option, target: Target) -> float:
@@ -266,8 +274,8 @@ def _sizes(form: str, linear: Linear) -> list[tuple[int, ...]]:
     elif form == "separable_twice":
         sizes = [()] if k > 1 else []
     else:
-        window = window_of(form, extents)
-        if window is None or cropped(attrs, extents, window) is None:
+        windows = windows_of(form, extents)
+        if not windows or any(cropped(attrs, extents, w) is None for w in windows):
             return []
         sizes = [(g,) for g in _GROUPS if m % g == 0 and c % g == 0 and min(m, c) > g]
         if form != "grouped":
@@ -304,12 +312,20 @@ class _Writer:
         elif self._form == "separable_twice":
             self._separable_twice(*kernels)
         elif kernels:
-            window = window_of(self._form, self._linear.kernel_shape)
-            assert window is not None
-            attrs = cropped(self._attrs, self._linear.kernel_shape, window)
-            self._conv(self._x, kernels[0], {**(attrs or {}), "group": self._size}, end=True)
+            self._windows(kernels)
         else:
             self._plain()
+
+    def _windows(self, kernels: Sequence[Array]) -> None:
+        """Write a convolution for each window, and their sum."""
+        shape, total = self._linear.kernel_shape, ""
+        windows = windows_of(self._form, shape)
+        for index, (window, kernel) in enumerate(zip(windows, kernels, strict=True)):
+            attrs = cropped(self._attrs, shape, window) or {}
+            attrs["group"], end = self._size, len(windows) == 1
+            tensor = self._conv(self._x, kernel, attrs, end=end, bias=index == 0)
+            last = index == len(windows) - 1
+            total = self._op("Add", total, tensor, end=last) if total else tensor
 
     def _separable(self, depthwise: Array, pointwise: Array) -> None:
         """Write a sum of pairs.

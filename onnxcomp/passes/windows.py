@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-_SINGLE = {"pointwise": (True, True), "row": (True, False), "column": (False, True)}
+_SINGLES = {
+    "row": ((True, False),),
+    "column": ((False, True),),
+    "cross": ((True, False), (False, True)),
+}
 _TAPS = 3  # of a dilated kernel, along each axis
 
 
@@ -38,32 +42,36 @@ class Window:
         return tuple(flat)
 
 
-def window_of(form: str, extents: tuple[int, ...]) -> Window | None:
-    """Return what a form reads of a kernel; None where it does not apply.
+def windows_of(form: str, extents: tuple[int, ...]) -> tuple[Window, ...]:
+    """Return what a form reads of a kernel; nothing where it does not apply.
 
     Args:
         form: "grouped" reads all, "pointwise", "row", "column" the middle of some axes,
-            "dilated" both ends and the middle.
+            "cross" is the sum of a row and a column, "dilated" reads both ends and the middle.
         extents: Of the kernel.
     """
     whole = Window((0,) * len(extents), extents, (1,) * len(extents))
     if form == "grouped":
-        return whole
+        return (whole,)
     if form == "dilated":
         if not extents or any(k < 5 or k % 2 == 0 for k in extents):
-            return None
-        return Window(whole.starts, (_TAPS,) * len(extents), tuple(k // 2 for k in extents))
-    if form not in _SINGLE or all(k == 1 for k in extents):
-        return None
+            return ()
+        steps = tuple(k // 2 for k in extents)
+        return (Window(whole.starts, (_TAPS,) * len(extents), steps),)
+    if all(k == 1 for k in extents):
+        return ()
     if form == "pointwise":
-        single = (True,) * len(extents)
-    elif len(extents) == 2 and min(extents) > 1:
-        single = _SINGLE[form]
-    else:
-        return None
+        return (_middle(extents, (True,) * len(extents)),)
+    if form not in _SINGLES or len(extents) != 2 or min(extents) == 1:
+        return ()
+    return tuple(_middle(extents, single) for single in _SINGLES[form])
+
+
+def _middle(extents: tuple[int, ...], single: tuple[bool, ...]) -> Window:
+    """Return the window of the middle of some axes and all of the others."""
     starts = tuple((k - 1) // 2 if one else 0 for k, one in zip(extents, single, strict=True))
     counts = tuple(1 if one else k for k, one in zip(extents, single, strict=True))
-    return Window(starts, counts, whole.steps)
+    return Window(starts, counts, (1,) * len(extents))
 
 
 def cropped(

@@ -108,13 +108,13 @@ def check_costs(facts: Analysis, small: Model, linear: Linear, option: Option) -
 @pytest.mark.parametrize(
     ("name", "legal"),
     [
-        ("plain", {"grouped", "pointwise", "row", "column", "separable"}),
+        ("plain", {"grouped", "pointwise", "row", "column", "cross", "separable"}),
         ("no padding", {"grouped", "separable"}),
         ("valid", {"grouped", "separable"}),
         ("padded behind", {"grouped", "separable"}),
         ("same strided", {"grouped", "separable"}),
-        ("same upper", {"grouped", "pointwise", "row", "column", "separable"}),
-        ("5 x 5", {"grouped", "pointwise", "row", "column", "separable", "dilated"}),
+        ("same upper", {"grouped", "pointwise", "row", "column", "cross", "separable"}),
+        ("5 x 5", {"grouped", "pointwise", "row", "column", "cross", "separable", "dilated"}),
         ("5 x 5 shifted", {"grouped", "separable", "dilated"}),
         ("1 x 1", {"grouped"}),
         ("1-D", {"grouped", "pointwise", "separable", "dilated"}),
@@ -201,6 +201,19 @@ def test_samples_make_operators_better():
                 found = Session(draft.seal(by="test"), optimize=False).run({"x": x})
                 errors.append(relative_l2(found[linear.y], y))
             assert errors[0] < errors[1], option
+
+
+def test_a_cross_loses_less_than_its_row_or_its_column():
+    facts, linear = facts_of(lone(pads=[1] * 4))
+    kernel = linear.kernel(facts.model.weights[linear.weight])
+    options = {o.form: o for o in EVERY.propose(facts).options}
+    three = [options[form] for form in ("cross", "row", "column")]
+    cross, row, column = EVERY.errors(three, kernel, None).values()
+    assert cross < min(row, column)
+    arrays, dense = EVERY.fit(options["cross"], kernel, None)
+    np.testing.assert_array_equal(dense[:, :, 1], kernel[:, :, 1])
+    np.testing.assert_array_equal(dense[:, :, ::2, ::2], 0)
+    np.testing.assert_array_equal(arrays["1"][:, :, 1], 0)  # the middle is in the row
 
 
 def test_refusals():
