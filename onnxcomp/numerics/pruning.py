@@ -13,6 +13,7 @@ from onnxcomp.numerics.moments import Moments, RowMoments
 Array: TypeAlias = NDArray[np.float64]
 
 _SWEEPS = 12  # of the search for the threshold
+_HIGHER = 16.0  # times a threshold that leaves too many
 
 
 def kept_above(W: Array, percentiles: Sequence[float]) -> list[int]:
@@ -60,16 +61,23 @@ def prune_compensated(W: Array, metrics: Sequence[Moments | RowMoments], kept: i
     if kept >= W.size:
         return W.copy()
     compensation = Compensation(metrics)
-    low, high, best = 0.0, float(np.vdot(W, W)) * compensation.scale + 1e-30, np.zeros_like(W)
-    for _ in range(_SWEEPS):
-        middle = np.sqrt(low * high) if low else high / W.size
 
+    def above(threshold: float) -> Array:
         def choose(target: Array, pivot: Array) -> Array:
-            return np.where((pivot * target) ** 2 > middle, target, 0.0)  # noqa: B023
+            return np.where((pivot * target) ** 2 > threshold, target, 0.0)
 
-        Q, _ = compensation.change(W, choose)
-        if np.count_nonzero(Q) > kept:
+        return compensation.change(W, choose)[0]
+
+    low, high = 0.0, float(np.vdot(W, W)) * compensation.scale + 1e-30
+    best = above(high)
+    while np.count_nonzero(best) > kept:  # inputs of very unequal variance
+        high *= _HIGHER
+        best = above(high)
+    for _ in range(_SWEEPS):
+        middle = float(np.sqrt(low * high)) if low else high / W.size
+        found = above(middle)
+        if np.count_nonzero(found) > kept:
             low = middle
         else:
-            high, best = middle, max(best, Q, key=np.count_nonzero)
+            high, best = middle, max(best, found, key=np.count_nonzero)
     return best

@@ -26,6 +26,7 @@ Quantizer: TypeAlias = Callable[[Array, int, np.random.Generator], Array]
 _LLOYD_STEPS = 300
 _BINS = 4096  # of the density that cws starts from
 _BISECTIONS = 40
+_LEAST_STEP = 2.0**-40  # of a uniform grid, as a share of the largest magnitude
 _ECSQ_START = 3  # clusters to start from, as a multiple of those wanted
 _ECSQ_STEPS = 200
 _ECSQ_TOLERANCE = 1e-4  # relative improvement of its cost, below which it has converged
@@ -139,7 +140,9 @@ def uq(values: Array, levels: int, _: np.random.Generator) -> Array:
         return 1 + int(np.count_nonzero(np.diff(np.rint(ordered / step))))
 
     high = 4.0 * float(np.abs(ordered[[0, -1]]).max())
-    low = high / (8.0 * levels * levels)
+    low, least = high / (8.0 * levels * levels), high * _LEAST_STEP
+    while count(low) <= levels and low > least:  # most values are far below the largest
+        low /= 4.0
     for _step in range(_BISECTIONS):
         middle = float(np.sqrt(low * high))
         low, high = (low, middle) if count(middle) <= levels else (middle, high)

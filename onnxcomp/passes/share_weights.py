@@ -37,7 +37,8 @@ class ShareWeights:
         quantizers: Names of `numerics.quantizers.QUANTIZERS`.
         levels: Numbers of values; by default the paper's.
         scope: "node": a codebook per node.  "channel": the same after every output channel
-            was divided by its deviation, so that the file holds the codebook times a scale.
+            was divided by its deviation; a packed file holds the products, as many values as
+            channels times levels, so that this is for comparisons of error.
             "unified": one codebook for all convolutions and one for all dense nodes.
         seed: Of the probabilistic quantizer.
     """

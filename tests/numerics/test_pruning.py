@@ -1,5 +1,7 @@
 """Which weights go, and what the others take over."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -39,6 +41,16 @@ def test_compensation_loses_less(share):
         return sum(error(W[g], Q[g], one.xx) for g, one in enumerate(metrics))
 
     assert total(found) < 0.7 * total(prune_smallest(W, kept))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.02, 0.01])
+def test_inputs_of_very_unequal_variance_leave_as_many(share):
+    rng = np.random.default_rng(0)
+    scales = np.where(np.arange(20) < 2, 100, 1)
+    one = replace(metric(0, 20), xx=np.diag(1000.0 * scales**2))
+    W = rng.normal(size=(1, 32, 20))
+    kept = int(share * W.size)
+    assert 0.7 * kept <= np.count_nonzero(prune_compensated(W, [one], kept)) <= kept
 
 
 def test_everything_and_nothing_may_stay():

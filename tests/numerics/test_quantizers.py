@@ -112,6 +112,13 @@ def test_uniform_levels_are_multiples_with_zero():
     assert 25 <= len(found.codebook) <= 33
 
 
+def test_uniform_levels_reach_small_values_beside_a_large_one():
+    values = np.append(np.random.default_rng(0).uniform(-1e-3, 1e-3, 5000), 1.0)
+    (found,) = share([values], "uq", 16)
+    assert 12 <= len(found.codebook) <= 16
+    assert np.count_nonzero(found.dense) > 4000
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 20), st.floats(1e-4, 1.0))
 def test_the_constrained_cost_never_rises(seed, levels, lam):
