@@ -39,7 +39,7 @@ from benchmarks.storage_peers import (
 from onnxcomp import codec
 from onnxcomp.codec import mixing
 from onnxcomp.codec.mixing import Layout
-from onnxcomp.codec.symbols import Symbols, to_symbols
+from onnxcomp.codec.symbols import Geometry, Symbols, ranked, values_of
 from onnxcomp.model import Model
 from onnxcomp.numerics.quantizers import share
 
@@ -133,10 +133,12 @@ def _sizes(model: Model, setting: tuple[str, int, int], work: Path) -> dict[str,
 
 
 def _symbols(array: npt.NDArray[np.float32]) -> Symbols:
-    found = to_symbols(array)
+    found = ranked(array)
     if found is None:
         raise ValueError("a shared tensor has too many values")
-    return found[0]
+    (codebook, rank), geometry = found, Geometry.of(array.shape)
+    indices = rank.reshape(geometry.shape).astype(np.int32)
+    return Symbols(indices, values_of(codebook), geometry.row)
 
 
 def _files(

@@ -137,7 +137,7 @@ def _form(out: Path, emitted: str | None) -> str | None:
 def _write(model: Model, path: Path, emitted: str, inputs: Iterable[Path]) -> int:
     """Write a model in the form that the settings ask for; return its bytes."""
     if emitted == "onnxc":
-        return codec.pack(model, path)
+        return codec.pack(model, path, inputs=inputs)
     model = in_form(model, emitted)
     proto = model.to_proto(external=True)
     return write_model(proto, path, inputs=inputs, external=model.weights)

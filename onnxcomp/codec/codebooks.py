@@ -39,13 +39,18 @@ def write_codebook(codebook: Array, fields: FieldWriter) -> None:
         fields.number(int(step))
 
 
-def read_codebook(fields: FieldReader, dtype: np.dtype[Any]) -> Array:
+def read_codebook(fields: FieldReader, dtype: np.dtype[Any], most: int) -> Array:
     """Read a codebook of a dtype.
 
+    Args:
+        fields: The head.
+        dtype: Of the values.
+        most: Bytes that they may take.
+
     Raises:
-        InvalidModelError: It is damaged.
+        InvalidModelError: It is damaged or too large.
     """
-    size = fields.number(MAX_VALUES)
+    size = fields.number(min(MAX_VALUES, most // dtype.itemsize))
     if size == 0:
         raise InvalidModelError("a codebook is empty")
     if fields.number(_GRID) == _LIST:

@@ -8,13 +8,14 @@ import os
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from onnxcomp.codec.coders import (
     CODERS,
@@ -25,7 +26,7 @@ from onnxcomp.codec.coders import (
     segments,
 )
 from onnxcomp.codec.head import Head, Segment, pieces_of, type_of
-from onnxcomp.codec.planning import Plan, Profile, plan_tensors
+from onnxcomp.codec.planning import Plan, Profile, Tensors, plan_tensors
 from onnxcomp.codec.records import Kind, Part, Record
 from onnxcomp.codec.symbols import values_of
 from onnxcomp.codec.tables import Tables
@@ -58,14 +59,8 @@ def packed(model: Model, profile: Profile) -> list[bytes]:
 
     Raises:
         ParameterError: The profile is MAX and numba is not installed.
-        UnsupportedModelError: The file would break a limit of the format when it is read.
+        UnsupportedModelError: The graph is too large for the format.
     """
-    profiles = list(Profile)
-    files = [_packed(model, each) for each in profiles[: profiles.index(profile) + 1]]
-    return min(files, key=lambda file: sum(map(len, file)))
-
-
-def _packed(model: Model, profile: Profile) -> list[bytes]:
     skeleton = model.to_proto(external=True)
     arrays: list[Array] = []
     for tensor in skeleton.graph.initializer:
@@ -76,7 +71,14 @@ def _packed(model: Model, profile: Profile) -> list[bytes]:
             fill(tensor, array)
         else:
             arrays.append(array)
-    plan = plan_tensors(arrays, profile)
+    decoded, tensors = sum(array.nbytes for array in arrays), Tensors.of(arrays)
+    profiles = list(Profile)
+    faster = profiles[: profiles.index(profile) + 1]
+    files = [_packed(skeleton, plan_tensors(tensors, each), decoded) for each in faster]
+    return min(files, key=lambda file: sum(map(len, file)))
+
+
+def _packed(skeleton: onnx.ModelProto, plan: Plan, decoded: int) -> list[bytes]:
     tables = Tables(plan.codes, plan.models, plan.layouts)
     payload = _coded(plan, tables)
     found = [Segment(len(part), zlib.crc32(part)) for part in payload]
@@ -88,14 +90,27 @@ def _packed(model: Model, profile: Profile) -> list[bytes]:
         )
     small = compress(head)
     total = _HEAD_BEGIN + len(small) + sum(map(len, payload))
-    decoded = sum(array.nbytes for array in arrays)
-    if decoded > _most_decoded(total):
-        raise UnsupportedModelError(
-            f"{decoded} bytes of weights are packed into {total}; a file that decodes to more "
-            f"than {_most_decoded(total)} is refused when it is read"
-        )
     prefix = _PREFIX.pack(PACKED_MAGIC, len(small), len(head), total, decoded)
     return [prefix, hashlib.sha256(prefix + small).digest(), small, *payload]
+
+
+def check_readable(pieces: Sequence[bytes]) -> None:
+    """Check that a packed file is within the limits that hold when it is read.
+
+    Args:
+        pieces: What `packed` returns.
+
+    Raises:
+        UnsupportedModelError: It is not.
+    """
+    _, _, raw, total, decoded = _PREFIX.unpack(pieces[0])
+    most = min(LoadLimits().total_bytes, _most_decoded(total))
+    for what, size in (("weights", decoded), ("graph", raw)):
+        if size > most:
+            raise UnsupportedModelError(
+                f"{size} bytes of {what} are packed into {total}; a file of that size may "
+                f"decode to {most} at most, or it is refused when it is read"
+            )
 
 
 def _coded(plan: Plan, tables: Tables) -> list[bytes]:
@@ -163,10 +178,18 @@ class PackedFile:
         Raises:
             InvalidModelError: A segment is damaged.
         """
-        streams = self._streams()
-        for stub, record in zip(self.head.stubs(), self.head.records, strict=True):
+        streams, records = self._streams(), self.head.records
+        copies = {r.detail: i for i, r in enumerate(records) if r.kind == Kind.COPY}
+        held = dict[int, Array]()  # until their last copy
+        for number, (stub, record) in enumerate(zip(self.head.stubs(), records, strict=True)):
             dtype, shape = type_of(stub)
-            array = self._decode(record, dtype, math.prod(shape), streams)
+            if record.kind == Kind.COPY:
+                first = record.detail
+                array = held[first] if number < copies[first] else held.pop(first)
+            else:
+                array = self._decode(record, dtype, math.prod(shape), streams)
+                if number in copies:
+                    held[number] = array
             yield stub.name, array.reshape(shape)
 
     def _read_head(self, limits: LoadLimits) -> tuple[Head, int]:
@@ -175,17 +198,15 @@ class PackedFile:
         magic, small, raw, size, decoded = _PREFIX.unpack(prefix[: _PREFIX.size])
         if magic != PACKED_MAGIC:
             raise InvalidModelError("not a packed model, or one of another version")
-        if raw > _MAX_HEAD_BYTES:
-            raise InvalidModelError(
-                f"its head has {raw} bytes; at most {_MAX_HEAD_BYTES} are allowed"
-            )
         if size != self.size or small > size - _HEAD_BEGIN:
             raise InvalidModelError(f"it has {self.size} bytes, and was written with {size}")
-        most = min(limits.total_bytes, _most_decoded(size))
-        if decoded > most:
-            raise InvalidModelError(
-                f"it decodes to {decoded} bytes; at most {most} are allowed"
-            )
+        expanded = _most_decoded(size)
+        for what, length, most in (
+            ("its head has", raw, min(_MAX_HEAD_BYTES, expanded)),
+            ("it decodes to", decoded, min(limits.total_bytes, expanded)),
+        ):
+            if length > most:
+                raise InvalidModelError(f"{what} {length} bytes; at most {most} are allowed")
         packed_head = self._read(_HEAD_BEGIN, small)
         digest = hashlib.sha256(prefix[: _PREFIX.size] + packed_head).digest()
         if digest != prefix[_PREFIX.size :]:

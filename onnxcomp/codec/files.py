@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from onnxcomp.codec.container import PackedFile, packed
+from onnxcomp.codec.container import PackedFile, check_readable, packed
 from onnxcomp.codec.planning import Profile
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.loading import LoadLimits, replacing
@@ -50,6 +50,7 @@ def pack(
         UnsupportedModelError: The file would break a limit of the format when it is read.
     """
     pieces = packed(model, Profile(profile))
+    check_readable(pieces)
     with replacing(path, inputs=(*model.files, *inputs)) as stream:
         for piece in pieces:
             stream.write(piece)
@@ -82,8 +83,8 @@ def unpack(path: FilePath, *, limits: LoadLimits | None = None) -> Model:
 def stream(path: FilePath, *, limits: LoadLimits | None = None) -> Iterator[tuple[str, Array]]:
     """Decode the coded tensors of a packed file one by one.
 
-    Memory is that of the largest tensor and a few segments; tensors of at most 64 bytes lie in
-    the graph and are not among them.
+    Memory is that of the largest tensor, of those that come again, and a few segments; tensors
+    of at most 64 bytes lie in the graph and are not among them.
 
     Raises:
         InvalidModelError: The file is damaged or breaks a limit.

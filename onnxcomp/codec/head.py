@@ -18,16 +18,15 @@ from onnxcomp.codec.contexts import ContextModel
 from onnxcomp.codec.fields import FieldReader, FieldWriter
 from onnxcomp.codec.mixing import Layout
 from onnxcomp.codec.rans import Pieces
-from onnxcomp.codec.records import Record, read_record, write_record
+from onnxcomp.codec.records import Kind, Record, read_record, write_record
 from onnxcomp.codec.tables import MAX_TABLES, Tables, read_codes, write_codes
 from onnxcomp.errors import InvalidModelError
 from onnxcomp.loading import LoadLimits, parse_model
-from onnxcomp.loading.tensors import PAYLOADS, check_dims, is_external
+from onnxcomp.loading.tensors import PAYLOADS, check_dims, check_tensor, is_external
 from onnxcomp.model import ARRAY_TYPES, subgraphs
 
 Array = npt.NDArray[Any]
 
-_MAX_CODEBOOKS = 2**16
 _MAX_SEGMENT_BYTES = 2**30
 
 
@@ -102,10 +101,11 @@ class Head:
 
         Raises:
             InvalidModelError: It is damaged, or breaks a limit.
+            UnsupportedModelError: A tensor is a segment of another.
         """
         fields = FieldReader(data)
         skeleton = parse_model(fields.raw(fields.number(len(data))), limits)
-        _check_skeleton(skeleton)
+        _check_skeleton(skeleton, limits)
         stubs = [t for t in skeleton.graph.initializer if _is_stub(t)]
         shapes = [_shape_of(stub, limits) for stub in stubs]
         dtypes = [_dtype_of(stub.data_type) for stub in stubs]
@@ -113,12 +113,16 @@ class Head:
         if sum(sizes) != decoded_bytes:
             raise InvalidModelError("its tensors have not the size that it declares")
         codes = [read_codes(fields) for _ in range(fields.number(MAX_TABLES))]
-        codebooks = [_read_codebook(fields) for _ in range(fields.number(_MAX_CODEBOOKS))]
+        codebooks, room = list[Array](), decoded_bytes  # each has fewer bytes than its tensor
+        for _ in range(fields.number(len(stubs))):
+            codebooks.append(_read_codebook(fields, room))
+            room -= codebooks[-1].nbytes
         models, layouts = list[ContextModel](), list[Layout]()
         records = [
             read_record(fields, dtype, shape, codebooks, len(codes), models, layouts)
             for dtype, shape in zip(dtypes, shapes, strict=True)
         ]
+        _check_references(records, dtypes, shapes, len(codebooks))
         found = _read_segments(fields, records)
         fields.end()
         return cls(skeleton, Tables(codes, models, layouts), codebooks, records, found)
@@ -146,8 +150,28 @@ def _read_segments(fields: FieldReader, records: Sequence[Record]) -> list[Segme
     return [Segment(length, crc) for length, crc in zip(lengths, crcs, strict=True)]
 
 
-def _read_codebook(fields: FieldReader) -> Array:
-    return read_codebook(fields, _dtype_of(fields.number(2**8)))
+def _read_codebook(fields: FieldReader, most: int) -> Array:
+    return read_codebook(fields, _dtype_of(fields.number(2**8)), most)
+
+
+def _check_references(
+    records: Sequence[Record],
+    dtypes: Sequence[np.dtype[Any]],
+    shapes: Sequence[tuple[int, ...]],
+    codebooks: int,
+) -> None:
+    """Refuse copies of what is no earlier tensor like them, and codebooks without a tensor."""
+    for number, record in enumerate(records):
+        if record.kind != Kind.COPY:
+            continue
+        first = record.detail
+        if not first < number or records[first].kind == Kind.COPY:
+            raise InvalidModelError("a copy of a tensor is of none before it")
+        sizes = [math.prod(shapes[i]) for i in (first, number)]
+        if dtypes[first] != dtypes[number] or sizes[0] != sizes[1]:
+            raise InvalidModelError("a copy of a tensor is of one of another size")
+    if {r.codebook for r in records if r.has_codebook} != set(range(codebooks)):
+        raise InvalidModelError("a codebook belongs to no tensor")
 
 
 def _is_stub(tensor: onnx.TensorProto) -> bool:
@@ -167,18 +191,24 @@ def _dtype_of(number: int) -> np.dtype[Any]:
     return np.dtype(tensor_dtype_to_np_dtype(number))
 
 
-def _check_skeleton(skeleton: onnx.ModelProto) -> None:
-    """Refuse external data anywhere, and initializers of the same name."""
+def _check_skeleton(skeleton: onnx.ModelProto, limits: LoadLimits) -> None:
+    """Refuse external data and contradictions anywhere, and initializers of the same name."""
     names = [tensor.name for tensor in skeleton.graph.initializer]
     if len(set(names)) < len(names):
         raise InvalidModelError("two initializers have the same name")
     for tensor in _tensors(skeleton):
         if is_external(tensor) or tensor.external_data:
             raise InvalidModelError(f"tensor '{tensor.name}' refers to another file")
+    for number, tensor in enumerate(_tensors(skeleton)):
+        if number >= len(names) or not _is_stub(tensor):
+            check_tensor(tensor, f"tensor '{tensor.name}'", limits)
 
 
 def _tensors(skeleton: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Yield all tensors of a model; the wire format's check has bounded its depth."""
+    """Yield all tensors of a model, first its initializers.
+
+    The wire format's check has bounded its depth.
+    """
     graphs = [skeleton.graph]
     nodes = [node for function in skeleton.functions for node in function.node]
     while graphs or nodes:
@@ -189,7 +219,9 @@ def _tensors(skeleton: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             nodes += graph.node
         graphs = [graph for node in nodes for graph in subgraphs(node)]
         for attribute in (attribute for node in nodes for attribute in node.attribute):
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from ([attribute.t] if attribute.HasField("t") else [])
+            yield from attribute.tensors
+            single = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+            for sparse in (*single, *attribute.sparse_tensors):
                 yield from (sparse.values, sparse.indices)
         nodes = []

@@ -6,6 +6,9 @@ and codebooks on top; LZMA by trying it where a quick look promises something.
 
 from __future__ import annotations
 
+import hashlib
+import math
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -26,11 +29,11 @@ from onnxcomp.codec.contexts import (
 from onnxcomp.codec.head import pieces_of
 from onnxcomp.codec.mixing import MOST_INPUTS, Layout
 from onnxcomp.codec.rans import Pieces
-from onnxcomp.codec.records import Part, Record, layout_of
+from onnxcomp.codec.records import Kind, Part, Record, layout_of
 from onnxcomp.codec.splits import Split, lzma_promises, splits_of
 from onnxcomp.codec.symbols import values_of
 from onnxcomp.codec.tables import SYMBOLS, Codes, Counts, cluster, codes_of, cost
-from onnxcomp.codec.transforms import shift_of
+from onnxcomp.codec.transforms import shift_of, to_bytes
 from onnxcomp.errors import ParameterError
 
 Array = npt.NDArray[Any]
@@ -105,22 +108,59 @@ class _Chosen:
     codes: list[Codes]
 
 
-def plan_tensors(arrays: Sequence[Array], profile: Profile) -> Plan:
-    """Decide how tensors are stored.
+@dataclass(frozen=True)
+class Tensors:
+    """Tensors, of which those of the same bytes are stored once.
 
-    Args:
-        arrays: The tensors, none of them empty.
-        profile: What to choose from.
+    Attributes:
+        firsts: For every tensor the number of the first one of its bytes.
+        shapes: Of those that are stored.
+        ways: The ways to take each of these apart, the best one first.
     """
-    options = [splits_of(array) for array in arrays]
-    splits = [ways[0] for ways in options]
+
+    firsts: list[int]
+    shapes: list[tuple[int, ...]]
+    ways: list[list[Split]]
+
+    @classmethod
+    def of(cls, arrays: Sequence[Array]) -> Tensors:
+        """Return tensors, none of them empty."""
+        firsts = _firsts(arrays)
+        stored = [arrays[i] for i in dict.fromkeys(firsts)]
+        return cls(firsts, [a.shape for a in stored], [splits_of(a) for a in stored])
+
+
+def plan_tensors(tensors: Tensors, profile: Profile) -> Plan:
+    """Decide how tensors are stored, with what a profile may choose from."""
+    plan = _planned(tensors, profile)
+    own = iter(plan.records)
+    plan.records = [
+        next(own) if first == i else Record(Kind.COPY, (), detail=first)
+        for i, first in enumerate(tensors.firsts)
+    ]
+    return plan
+
+
+def _firsts(arrays: Sequence[Array]) -> list[int]:
+    """Return for every tensor the number of the first one of its dtype, size and bytes."""
+    kinds = [(array.dtype, array.size) for array in arrays]
+    often, known = Counter(kinds), dict[Hashable, int]()
+    found = []
+    for i, (array, kind) in enumerate(zip(arrays, kinds, strict=True)):
+        data = to_bytes(array) if often[kind] > 1 else np.empty(0, np.uint8)
+        key = (*kind, hashlib.sha256(data.data).digest())
+        found.append(known.setdefault(key, i))
+    return found
+
+
+def _planned(tensors: Tensors, profile: Profile) -> Plan:
+    splits, shapes = [ways[0] for ways in tensors.ways], tensors.shapes
     ranks = {
         i: way
-        for i, ways in enumerate(options)
+        for i, ways in enumerate(tensors.ways)
         for way in ways
-        if way.has_contexts and arrays[i].size >= _FEWEST
+        if way.has_contexts and math.prod(shapes[i]) >= _FEWEST
     }
-    shapes = [array.shape for array in arrays]
     mixed = set[int]()
     if profile == Profile.MAX:
         near = {i for i, way in ranks.items() if way.bits < _NEARLY * splits[i].bits}

@@ -22,6 +22,9 @@ from onnxcomp.errors import InvalidModelError
 Array = npt.NDArray[Any]
 
 
+_MAX_TENSORS = 2**32
+
+
 class Kind(IntEnum):
     """How a tensor is taken apart."""
 
@@ -29,6 +32,7 @@ class Kind(IntEnum):
     RANKS = 1
     RUNS = 2
     WHOLE = 3
+    COPY = 4
 
 
 @dataclass(frozen=True)
@@ -56,13 +60,19 @@ class Record:
         parts: Its sequences: planes, or symbols of ranks (then low and high bytes of escaped
             ranks, where the codebook is long), or runs and levels, or all bytes as they lie.
         codebook: The number of its codebook, for RANKS and RUNS.
-        detail: First rank of the window of a long codebook; the common symbol of RUNS.
+        detail: First rank of the window of a long codebook; the common symbol of RUNS; the
+            number of the tensor that a COPY has the bytes of.
     """
 
     kind: Kind
     parts: tuple[Part, ...]
     codebook: int = 0
     detail: int = 0
+
+    @property
+    def has_codebook(self) -> bool:
+        """Whether it names a codebook."""
+        return self.kind in (Kind.RANKS, Kind.RUNS)
 
 
 def write_record(
@@ -73,8 +83,10 @@ def write_record(
 ) -> None:
     """Write a record; counts that follow from the tensor are left out."""
     fields.number(record.kind)
+    if record.kind == Kind.COPY:
+        fields.number(record.detail)
     free: Sequence[Part] = ()
-    if record.kind not in (Kind.PLANES, Kind.WHOLE):
+    if record.has_codebook:
         fields.number(record.codebook)
         if record.kind == Kind.RUNS:
             fields.number(record.detail)
@@ -116,6 +128,8 @@ def read_record(
         InvalidModelError: It is damaged.
     """
     kind = Kind(fields.number(max(Kind)))
+    if kind == Kind.COPY:
+        return Record(kind, (), detail=fields.number(_MAX_TENSORS))
     size, codebook, detail = math.prod(shape), 0, 0
     if kind == Kind.PLANES:
         counts = [size] * dtype.itemsize

@@ -30,48 +30,27 @@ class Geometry:
     """How a tensor lies in front of a coder.
 
     Attributes:
-        outputs: Filters, or rows of a matrix.
-        inputs: Input channels of one filter (of its group), or columns.
+        outputs: First axis: filters, or rows of a matrix.
+        inputs: Second axis: input channels of one filter (of its group), or columns.
         taps: Positions of a kernel, contiguous.
         row: Positions in one row of a kernel.
-        transposed: The tensor is a matrix [inputs, outputs], as in MatMul.
     """
 
     outputs: int
     inputs: int
     taps: int
     row: int = 1
-    transposed: bool = False
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], *, transposed: bool = False) -> Geometry:
-        """Return the geometry of an ONNX weight of any rank.
-
-        Args:
-            shape: [outputs, inputs, *kernel]; a vector has outputs only.
-            transposed: A matrix is [inputs, outputs].
-        """
+    def of(cls, shape: tuple[int, ...]) -> Geometry:
+        """Return the geometry of an ONNX weight of any rank; a vector has outputs only."""
         outputs, inputs, *kernel = (*shape, 1, 1)[: max(2, len(shape))]
-        if transposed and len(shape) == 2:
-            return cls(inputs, outputs, 1, 1, transposed=True)
         return cls(outputs, inputs, math.prod(kernel), kernel[-1] if kernel else 1)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(outputs, inputs, taps)."""
         return self.outputs, self.inputs, self.taps
-
-    def arrange(self, array: Array) -> Array:
-        """Return a tensor as (outputs, inputs, taps), in C order."""
-        if self.transposed:
-            array = array.reshape(self.inputs, self.outputs).T
-        return np.ascontiguousarray(array).reshape(self.shape)
-
-    def restore(self, arranged: Array, shape: tuple[int, ...]) -> Array:
-        """Return what `arrange` was given."""
-        if self.transposed:
-            arranged = arranged.reshape(self.outputs, self.inputs).T
-        return np.ascontiguousarray(arranged).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -88,33 +67,6 @@ class Symbols:
     indices: Int32
     values: Float32
     row: int = 1
-
-
-def to_symbols(array: Array, *, transposed: bool = False) -> tuple[Symbols, Array] | None:
-    """Return a tensor as symbols with its exact codebook, or None if it has too many values.
-
-    Args:
-        array: A tensor of any rank and of any dtype of 1, 2, 4 or 8 bytes.
-        transposed: It is a matrix [inputs, outputs].
-
-    Returns:
-        The symbols, and the codebook: dtype of `array`, (n,), distinct bit patterns.
-    """
-    found = ranked(array)
-    if found is None:
-        return None
-    codebook, rank = found
-    geometry = Geometry.of(array.shape, transposed=transposed)
-    indices = geometry.arrange(rank.reshape(array.shape)).astype(np.int32)
-    return Symbols(indices, values_of(codebook), geometry.row), codebook
-
-
-def from_symbols(
-    indices: Array, codebook: Array, shape: tuple[int, ...], *, transposed: bool = False
-) -> Array:
-    """Return the tensor of which `to_symbols` made these indices, bit for bit."""
-    geometry = Geometry.of(shape, transposed=transposed)
-    return geometry.restore(_bits(codebook)[indices].view(codebook.dtype), shape)
 
 
 def ranked(array: Array, limit: int = MAX_VALUES) -> tuple[Array, Array] | None:

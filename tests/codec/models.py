@@ -37,6 +37,8 @@ def every_kind(seed: int = 0) -> Model:
             "repeated": np.tile(rng.integers(0, 256, 50, np.uint8), 40),
             "waves": np.tile(rng.normal(size=300), 8).astype(np.float32),
             "bytes": rng.integers(-9, 9, (30, 30)).astype(np.int8),
+            "again": np.arange(600, dtype=np.float32) / 7,
+            "and_again": (np.arange(600, dtype=np.float32) / 7).reshape(20, 30),
             "constant": np.full((300, 3), -0.0, np.float32),
             "small": np.arange(3, dtype=np.int64),
             "scalar": np.float32(2.5),
