@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +85,10 @@ class Huffman:
         Raises:
             DataError: The stream is too short, or holds what is no codeword.
         """
+        return np.concatenate([np.empty(0, np.int64), *self.parts(stream, count)])
+
+    def parts(self, stream: Stream, count: int) -> Iterator[Integers]:
+        """Yield the same piece by piece, each from some 64 KiB of the stream."""
         order, codes = self._canonical()
         lengths = self.lengths[order]
         # Left-justified codewords ascend, so a window belongs to the last one not above it.
@@ -91,16 +96,14 @@ class Huffman:
         data = np.concatenate(
             [stream.words.astype(">u8").view(np.uint8), np.zeros(8, np.uint8)]
         )
-        symbols = np.empty(count, np.int64)
         position, done = 0, 0
         while done < count:
             if position >= stream.bits:
                 raise DataError(f"a Huffman stream ends after {done} of {count} symbols")
             ranks = np.searchsorted(starts, _windows(data, position), side="right") - 1
             found, position = _follow(ranks.tolist(), lengths.tolist(), position, count - done)
-            symbols[done : done + len(found)] = order[found]
             done += len(found)
-        return symbols
+            yield order[found]
 
     def _canonical(self) -> tuple[Integers, npt.NDArray[np.uint64]]:
         """Return the symbols by length, and their codewords, right-justified."""

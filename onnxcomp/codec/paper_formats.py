@@ -158,16 +158,21 @@ class Ham:
     def decode(self) -> Float32:
         """Return the matrix."""
         n, m = self.shape
-        return np.ascontiguousarray(self.values[self._symbols()].reshape(m, n).T)
+        symbols = self.code.decode(self.stream, n * m)
+        return np.ascontiguousarray(self.values[symbols].reshape(m, n).T)
 
     def dot(self, x: Float32) -> npt.NDArray[np.float64]:
-        """Return ``x W``; indices are decoded, weights a block of columns at a time."""
+        """Return ``x W``, from the whole columns of one piece of the stream at a time."""
         n, m = self.shape
-        symbols = self._symbols().reshape(m, n)
-        return _by_columns(x, m, lambda columns: self.values[symbols[columns].T])
-
-    def _symbols(self) -> Integers:
-        return self.code.decode(self.stream, self.shape[0] * self.shape[1])
+        result, column = np.zeros((len(x), m)), 0
+        rest = np.empty(0, np.int64)
+        for part in self.code.parts(self.stream, n * m):
+            rest = np.concatenate([rest, part])
+            whole = len(rest) // n
+            W = self.values[rest[: whole * n].reshape(whole, n).T]
+            result[:, column : column + whole] = x.astype(np.float64) @ W
+            rest, column = rest[whole * n :], column + whole
+        return result
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp.codec import paper_formats
+from onnxcomp.codec import huffman, paper_formats
 from onnxcomp.codec.huffman import Huffman, Stream
 from onnxcomp.codec.paper_formats import (
     FORMATS,
@@ -97,6 +97,7 @@ def test_round_trip_and_product_of_any(name, n, m, k, zeros, seed):
 def test_product_in_blocks_of_columns(name, monkeypatch):
     """And a weight too many shows."""
     monkeypatch.setattr(paper_formats, "_DOT_COLUMNS", 7)
+    monkeypatch.setattr(huffman, "_CHUNK", 32)
     W = few(30, 50, 16, 0.8)
     x = np.random.default_rng(0).normal(size=(8, 30)).astype(np.float32)
     wanted, found = x.astype(np.float64) @ W, FORMATS[name](W).dot(x)
