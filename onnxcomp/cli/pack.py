@@ -28,9 +28,10 @@ def pack(
 ) -> None:
     """Store a model entropy-coded in one .onnxc file, without loss.
 
-    All commands read it like the ONNX file; onnxcomp.open_session runs it.
+    Operators and values may be any, also those that other commands refuse. All commands read
+    it like the ONNX file; onnxcomp.open_session runs it.
     """
-    loaded = read_model(model)
+    loaded = read_model(model, to_store=True)
     check_outputs({"-o": out}, loaded.files)
     warn(loaded.warnings)
     written = codec.pack(as_model(loaded), out, profile)
@@ -39,7 +40,7 @@ def pack(
 
 def unpack(model: Annotated[Path, typer.Argument(metavar="IN")], out: Out) -> None:
     """Write the ONNX file that a .onnxc file holds."""
-    loaded = read_model(model)
+    loaded = read_model(model, to_store=True)
     if not loaded.packed:
         raise InvalidModelError(f"{model}: not a packed model")
     check_outputs({"-o": out}, loaded.files)

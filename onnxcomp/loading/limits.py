@@ -11,8 +11,9 @@ class LoadLimits:
     """Upper bounds on a model file; every field is the largest value that is accepted.
 
     Attributes:
-        model_bytes: Size of the model file; protobuf itself ends at 2 GiB.
-        total_bytes: Size of the model file and its external data files together.
+        model_bytes: Size of an ONNX file; protobuf itself ends at 2 GiB.
+        total_bytes: Size of an ONNX file and its external data files together; of a packed
+            file, and of the weights in it.
         fields: Protobuf fields in the model file, payloads of tensors not counted.
         message_depth: Nesting of protobuf messages; one sub-graph takes three.
         varint_bytes: Bytes of packed variable-length integers; each may become 8 in memory.

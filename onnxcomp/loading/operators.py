@@ -26,6 +26,8 @@ _VALUE_FIELDS: Mapping[int, str] = {
     onnx.AttributeProto.TENSORS: "tensors",
     onnx.AttributeProto.GRAPHS: "graphs",
     onnx.AttributeProto.TYPE_PROTOS: "type_protos",
+    onnx.AttributeProto.SPARSE_TENSOR: "sparse_tensor",
+    onnx.AttributeProto.SPARSE_TENSORS: "sparse_tensors",
 }
 _ATTRIBUTE_TYPES = {
     kind: number
@@ -76,29 +78,40 @@ def _signature(operator: str, opset: int) -> _Signature | None:
     )
 
 
-def check_node(
+def check_nodes(
+    body: Body, structure: Structure, constants: Constants, limits: LoadLimits
+) -> None:
+    """Check the nodes of one body against their operator set and constant weights.
+
+    Nothing is known of operators of other domains, which must be imported.
+
+    Args:
+        body: A graph or function whose nodes passed `check_attributes`.
+        structure: The model's local functions.
+        constants: The constants it can read.
+        limits: Bounds on padding and elements.
+
+    Raises:
+        InvalidModelError: A node contradicts its operator's definition or its weights.
+        UnsupportedModelError: The operator set is unknown, or an operator is not part of it.
+    """
+    opset, newest = body.opsets.get("", 1), defs.onnx_opset_version()
+    if not 1 <= opset <= newest:
+        raise UnsupportedModelError(
+            f"{body.where} uses opset {opset}; 1 to {newest} are known here (export the model "
+            "for one of them, or install a newer onnx)"
+        )
+    for node in body.proto.node:
+        _check_node(node, body, structure, constants, limits)
+
+
+def _check_node(
     node: onnx.NodeProto,
     body: Body,
     structure: Structure,
     constants: Constants,
     limits: LoadLimits,
 ) -> None:
-    """Check one node against its operator set, and the shape of constant weights.
-
-    Operators of other domains are checked for well-formed attributes only.
-
-    Args:
-        node: The node.
-        body: The graph or function it is in.
-        structure: The model's local functions.
-        constants: The constants it can read.
-        limits: Bounds on attributes, padding and elements.
-
-    Raises:
-        InvalidModelError: The node contradicts its operator's definition or its weights.
-        UnsupportedModelError: The operator is not part of the imported operator set.
-    """
-    attributes = _attributes(node, body, limits)
     if (function := structure.functions.get(function_key(node))) is not None:
         _check_arity(node, (0, len(function.inputs)), (0, len(function.outputs)))
         return
@@ -115,6 +128,8 @@ def check_node(
             f"{describe(node)}: opset {body.opsets['']} has no operator '{node.op_type}'"
         )
     _check_arity(node, signature.inputs, signature.outputs)
+    # What refers to an attribute of the function around it has a value only when called.
+    attributes = {a.name: a for a in node.attribute if not a.ref_attr_name}
     _check_attribute_types(node, attributes, signature)
     facts = _Facts(node, attributes, constants)
     if node.op_type in _WINDOWS:
@@ -125,10 +140,18 @@ def check_node(
         _check_matrices(facts)
 
 
-def _attributes(
-    node: onnx.NodeProto, body: Body, limits: LoadLimits
-) -> dict[str, onnx.AttributeProto]:
-    """Return the attributes by name; those of a function's caller are left out."""
+def check_attributes(node: onnx.NodeProto, body: Body, limits: LoadLimits) -> None:
+    """Check that each attribute of a node has a name and one value of its type.
+
+    Args:
+        node: The node.
+        body: The graph or function it is in.
+        limits: The bound on attributes.
+
+    Raises:
+        InvalidModelError: An attribute is malformed, or there are too many.
+        UnsupportedModelError: An attribute is a sparse tensor.
+    """
     if len(node.attribute) > limits.attributes:
         raise InvalidModelError(
             f"{describe(node)} has {len(node.attribute)} attributes; "
@@ -138,7 +161,6 @@ def _attributes(
     while root.parent is not None:
         root = root.parent
     names: set[str] = set()
-    found: dict[str, onnx.AttributeProto] = {}
     for attribute in node.attribute:
         where = f"attribute '{attribute.name}' of {describe(node)}"
         if not attribute.name or attribute.name in names:
@@ -157,8 +179,6 @@ def _attributes(
             raise InvalidModelError(
                 f"{where} of type {attribute.type} holds {sorted(present)}"
             )
-        found[attribute.name] = attribute
-    return found
 
 
 def _check_arity(

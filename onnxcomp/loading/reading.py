@@ -1,15 +1,18 @@
 """Reading a model file that nobody vouches for.
 
-The order matters: path, bounded read, wire format, parse, structure, tensors, operators,
-sizes. No library but the protobuf parser has touched the model when all of it has passed;
-the checker and onnxruntime then see it first in a bounded child process (`sandbox.py`).
+The order matters: path, bounded read, wire format, parse, structure, attributes, tensors;
+then, unless the model is only stored, what running takes: operators, sizes, values. No library
+but the protobuf parser has touched the model when all of it has passed; the checker and
+onnxruntime then see it first in a bounded child process (`sandbox.py`).
 """
 
 import os
 import stat
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +26,7 @@ from onnxcomp.errors import InvalidModelError, OnnxcompError
 from onnxcomp.loading.constants import Constants, all_constants
 from onnxcomp.loading.expansion import check_expansion
 from onnxcomp.loading.limits import LoadLimits
-from onnxcomp.loading.operators import check_node
+from onnxcomp.loading.operators import check_attributes, check_nodes
 from onnxcomp.loading.sizes import check_sizes
 from onnxcomp.loading.structure import DEFAULT_DOMAINS, Structure, describe, walk
 from onnxcomp.loading.tensors import (
@@ -75,7 +78,7 @@ class LoadedModel:
 
 
 def read_model(
-    path: str | os.PathLike[str], *, limits: LoadLimits | None = None
+    path: str | os.PathLike[str], *, limits: LoadLimits | None = None, to_store: bool = False
 ) -> LoadedModel:
     """Read and check a model file with its external data.
 
@@ -83,6 +86,8 @@ def read_model(
         path: An ONNX file or a packed one (`.onnxc`); links to it are followed, links in its
             external data are not.
         limits: What the file may ask for; the defaults of `LoadLimits` if None.
+        to_store: The model is copied and not run: its operators and values, and what they
+            would cost, are not looked at.
 
     Returns:
         The parsed model.
@@ -94,36 +99,19 @@ def read_model(
     limits = limits or LoadLimits()
     try:
         resolved = Path(os.path.realpath(path))
-        data = _read(resolved, limits)
-        if data.startswith(PACKED_MAGIC):
-            del data
-            return _read_packed(resolved, limits)
-        return _read_plain(data, resolved, limits)
+        with _opened(resolved) as stream:
+            if stream.peek(len(PACKED_MAGIC)).startswith(PACKED_MAGIC):
+                return _read_packed(stream, resolved, limits, to_store)
+            return _read_plain(stream, resolved, limits, to_store)
     except OnnxcompError as error:
         raise type(error)(f"{os.fspath(path)}: {error}") from error
     except (OSError, ValueError) as error:
         raise InvalidModelError(f"{os.fspath(path)!r} cannot be read: {error}") from error
 
 
-def _read_plain(data: bytes, path: Path, limits: LoadLimits) -> LoadedModel:
-    size, proto = len(data), parse_model(data, limits)
-    del data
-    return _check(proto, path, size, limits)
-
-
-def _read_packed(path: Path, limits: LoadLimits) -> LoadedModel:
-    """Unpack a file into a private folder and read it there; its arrays stay mapped."""
-    from onnxcomp.codec import unpack_to
-
-    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
-        plain = unpack_to(path, Path(folder), limits=limits)
-        loaded = _read_plain(_read(plain, limits), plain, limits)
-    size = path.stat().st_size
-    return replace(loaded, path=path, files=(path,), file_bytes=size, packed=True)
-
-
-def _read(path: Path, limits: LoadLimits) -> bytes:
-    """Return the bytes of an ordinary file, looked at only after it was opened."""
+@contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    """Open an ordinary file, looked at only after it was opened."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as stream:
         status = os.fstat(descriptor)
@@ -131,15 +119,42 @@ def _read(path: Path, limits: LoadLimits) -> bytes:
             raise InvalidModelError("not an ordinary file")
         if status.st_size == 0:
             raise InvalidModelError("the file is empty")
-        if status.st_size > limits.model_bytes:
-            raise InvalidModelError(
-                f"the file has {status.st_size} bytes; "
-                f"at most {limits.model_bytes} are allowed"
-            )
-        data = stream.read(status.st_size + 1)
-    if len(data) != status.st_size:
+        yield stream
+
+
+def _size_of(stream: BufferedReader, most: int) -> int:
+    """Return the size of a file, or refuse it."""
+    size = os.fstat(stream.fileno()).st_size
+    if size > most:
+        raise InvalidModelError(f"the file has {size} bytes; at most {most} are allowed")
+    return size
+
+
+def _read_plain(
+    stream: BufferedReader, path: Path, limits: LoadLimits, to_store: bool
+) -> LoadedModel:
+    size = _size_of(stream, limits.model_bytes)
+    data = stream.read(size + 1)
+    if len(data) != size:
         raise InvalidModelError("the file changed while it was read")
-    return data
+    proto = parse_model(data, limits)
+    del data
+    return _check(proto, path, size, limits, to_store)
+
+
+def _read_packed(
+    stream: BufferedReader, path: Path, limits: LoadLimits, to_store: bool
+) -> LoadedModel:
+    """Unpack a file into a private folder and read it there; its arrays stay mapped."""
+    from onnxcomp.codec import unpack_to
+
+    # The limit of protobuf is for what is parsed; here the weights lie outside of that.
+    size = _size_of(stream, limits.total_bytes)
+    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
+        plain = unpack_to(path, Path(folder), limits=limits)
+        with _opened(plain) as unpacked:
+            loaded = _read_plain(unpacked, plain, limits, to_store)
+    return replace(loaded, path=path, files=(path,), file_bytes=size, packed=True)
 
 
 def parse_model(data: bytes, limits: LoadLimits) -> onnx.ModelProto:
@@ -156,17 +171,14 @@ def parse_model(data: bytes, limits: LoadLimits) -> onnx.ModelProto:
         raise InvalidModelError(f"not a readable ONNX file ({error})") from error
 
 
-def _check(proto: onnx.ModelProto, path: Path, size: int, limits: LoadLimits) -> LoadedModel:
+def _check(
+    proto: onnx.ModelProto, path: Path, size: int, limits: LoadLimits, to_store: bool
+) -> LoadedModel:
     structure = walk(proto, limits)
     with ExternalData(path.parent, size, limits) as external:
         _check_tensors(structure, external, limits)
-        constants = all_constants(structure, external.arrays)
-        check_expansion(structure, constants, limits)
-        for body, known in zip(structure.bodies, constants, strict=True):
-            for node in body.proto.node:
-                check_node(node, body, structure, known, limits)
-            check_sizes(body, known, limits)
-        _check_values(structure, constants, external)
+        if not to_store:
+            _check_running(structure, external, limits)
         return LoadedModel(
             proto=proto,
             external=MappingProxyType(external.arrays),
@@ -179,12 +191,23 @@ def _check(proto: onnx.ModelProto, path: Path, size: int, limits: LoadLimits) ->
         )
 
 
+def _check_running(structure: Structure, external: ExternalData, limits: LoadLimits) -> None:
+    """Check what the model does and costs when it runs."""
+    constants = all_constants(structure, external.arrays)
+    check_expansion(structure, constants, limits)
+    for body, known in zip(structure.bodies, constants, strict=True):
+        check_nodes(body, structure, known, limits)
+        check_sizes(body, known, limits)
+    _check_values(structure, constants, external)
+
+
 def _check_tensors(structure: Structure, external: ExternalData, limits: LoadLimits) -> None:
     """Check all tensors of a model and take the references to external data out of it."""
     main = structure.bodies[0]
     for body in structure.bodies:
         tensors = [(f"initializer '{t.name}'", t, body is main) for t in body.initializers]
         for node in body.proto.node:
+            check_attributes(node, body, limits)
             for attribute in node.attribute:
                 where = f"tensor '{attribute.name}' of {describe(node)}"
                 held = [attribute.t] if attribute.HasField("t") else []

@@ -123,7 +123,7 @@ def walk(model: onnx.ModelProto, limits: LoadLimits) -> Structure:
 
     Raises:
         InvalidModelError: Names clash or dangle, nodes form a cycle, or a limit is broken.
-        UnsupportedModelError: A version is unknown, or the model holds training steps or
+        UnsupportedModelError: The IR version is unknown, or the model holds training steps or
             sparse initializers.
     """
     structure = _collect(model, limits)
@@ -175,7 +175,8 @@ def _collect(model: onnx.ModelProto, limits: LoadLimits) -> Structure:
 def _main_graph(model: onnx.ModelProto) -> onnx.GraphProto:
     if not 3 <= model.ir_version <= onnx.IR_VERSION:
         raise UnsupportedModelError(
-            f"IR version {model.ir_version} is not between 3 and {onnx.IR_VERSION}"
+            f"IR version {model.ir_version} is not between 3 and {onnx.IR_VERSION} (export "
+            "the model again, or install a newer onnx)"
         )
     if not model.HasField("graph") or not model.graph.output:
         raise InvalidModelError(
@@ -187,7 +188,6 @@ def _main_graph(model: onnx.ModelProto) -> onnx.GraphProto:
 
 
 def _opsets(imports: Sequence[onnx.OperatorSetIdProto], where: str) -> dict[str, int]:
-    newest = onnx.defs.onnx_opset_version()
     opsets: dict[str, int] = {}
     for entry in imports:
         domain = "" if entry.domain in DEFAULT_DOMAINS else entry.domain
@@ -195,10 +195,6 @@ def _opsets(imports: Sequence[onnx.OperatorSetIdProto], where: str) -> dict[str,
             raise InvalidModelError(f"{where} imports two versions of domain '{domain}'")
     if not opsets:
         raise InvalidModelError(f"{where} imports no operator set")
-    if not 1 <= opsets.get("", 1) <= newest:
-        raise UnsupportedModelError(
-            f"{where} uses opset {opsets['']}; 1 to {newest} are known here"
-        )
     return opsets
 
 

@@ -75,3 +75,16 @@ def two_matmuls(*weights: TensorProto) -> onnx.ModelProto:
     """Return `y = x a b`."""
     nodes = [make_node("MatMul", ["x", "a"], ["t"]), make_node("MatMul", ["t", "b"], ["y"])]
     return build.model(build.graph(nodes, weights))
+
+
+def loop_of_unknown_length() -> bytes:
+    """Return a Loop that runs as often as `x` has elements."""
+    loop = loop_in([make_node("Relu", ["v_y"], ["r_y"])], "n", "y")
+    return build.nodes(make_node("Size", ["x"], ["n"]), loop, weights=[TRUE])
+
+
+def weight_with(number: float) -> bytes:
+    """Return `y = x w`, where `w` holds this number once."""
+    values = np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)
+    values[3, 5] = number
+    return build.matmul(from_array(values, "w"))

@@ -1,6 +1,7 @@
 """Reading model files with their external data."""
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ from onnx import TensorProto
 from onnx.helper import make_node, make_tensor
 from onnx.numpy_helper import from_array, to_array
 
+from onnxcomp import codec
 from onnxcomp.errors import InvalidModelError, UnsupportedModelError
-from onnxcomp.loading import LoadLimits, read_model
+from onnxcomp.loading import LoadLimits, as_model, load, read_model
 from tests.corpus import build
 from tests.loading.graphs import refused, two_matmuls
 
@@ -76,6 +78,56 @@ def test_size_limits(read, tmp_path):
     assert read_model(path, limits=LoadLimits(total_bytes=total)).file_bytes == total
     with pytest.raises(InvalidModelError, match="external data take"):
         read_model(path, limits=LoadLimits(total_bytes=total - 1))
+
+
+@pytest.fixture
+def packed(tmp_path) -> Path:
+    """A packed file of some 14 kB, nearly all of it a weight of 16 kB."""
+    plain = tmp_path / "model.onnx"
+    plain.write_bytes(build.matmul(build.weight(64, 64), x=(1, 64)))
+    codec.pack(load(plain), tmp_path / "model.onnxc")
+    return tmp_path / "model.onnxc"
+
+
+def test_the_limit_of_protobuf_is_none_of_packed_files(packed):
+    limits = LoadLimits(model_bytes=4096)
+    assert packed.stat().st_size > 2 * limits.model_bytes
+    loaded = read_model(packed, limits=limits)
+    assert loaded.packed
+    assert loaded.file_bytes == packed.stat().st_size
+    plain = packed.with_suffix(".onnx")
+    assert as_model(loaded).digest == load(plain).digest
+    with pytest.raises(InvalidModelError, match="at most 4096 are allowed"):
+        read_model(plain, limits=limits)
+
+
+def test_packed_files_are_as_large_as_what_they_hold_may_be(packed):
+    size = packed.stat().st_size
+    with pytest.raises(InvalidModelError, match=f"has {size} bytes; at most {size - 1} are"):
+        read_model(packed, limits=LoadLimits(total_bytes=size - 1))
+    os.truncate(packed, 2**32 + 1)
+    with pytest.raises(InvalidModelError, match=f"at most {2**32} are allowed"):
+        read_model(packed)
+
+
+def test_only_the_first_bytes_tell_a_packed_file(packed):
+    size = packed.stat().st_size
+    os.truncate(packed, 3 * 2**30)  # what follows is in no block of the disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidModelError, match=f"was written with {size}"):
+            read_model(packed)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2**20
+
+
+@pytest.mark.parametrize("length", [1, 7, 8])
+def test_files_shorter_than_a_head_are_refused(length, packed):
+    packed.write_bytes(packed.read_bytes()[:length])
+    with pytest.raises(InvalidModelError, match=r"model\.onnxc: "):
+        read_model(packed)
 
 
 def test_external_arrays_are_mapped_read_only_and_taken_out_of_the_model(read, tmp_path):
