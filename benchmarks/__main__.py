@@ -28,6 +28,7 @@ NAMES = (
     "resume",
     "scale",
     "selection",
+    "sessions",
     "shared_tensors",
     "storage",
     "tune",

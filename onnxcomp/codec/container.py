@@ -85,8 +85,9 @@ def _packed(skeleton: onnx.ModelProto, plan: Plan, decoded: int) -> list[bytes]:
     head = Head(skeleton, tables, plan.codebooks, plan.records, found).to_bytes()
     if len(head) > _MAX_HEAD_BYTES:
         raise UnsupportedModelError(
-            f"the graph without its initializers has {len(head)} bytes; a packed file holds "
-            f"at most {_MAX_HEAD_BYTES} (make initializers of large Constant nodes)"
+            f"the graph, with its constants and its text and narrow initializers, has "
+            f"{len(head)} bytes; a packed file holds at most {_MAX_HEAD_BYTES} (make "
+            "initializers of large Constant nodes)"
         )
     small = compress(head)
     total = _HEAD_BEGIN + len(small) + sum(map(len, payload))
@@ -108,8 +109,8 @@ def check_readable(pieces: Sequence[bytes]) -> None:
     for what, size in (("weights", decoded), ("graph", raw)):
         if size > most:
             raise UnsupportedModelError(
-                f"{size} bytes of {what} are packed into {total}; a file of that size may "
-                f"decode to {most} at most, or it is refused when it is read"
+                f"{size} bytes of {what} are packed into {total}; what decodes to more than "
+                f"{most} is refused when a file of that size is read; keep the ONNX file"
             )
 
 

@@ -50,7 +50,8 @@ def pack(
         UnsupportedModelError: The file would break a limit of the format when it is read.
     """
     pieces = packed(model, Profile(profile))
-    check_readable(pieces)
+    with _naming(path):
+        check_readable(pieces)
     with replacing(path, inputs=(*model.files, *inputs)) as stream:
         for piece in pieces:
             stream.write(piece)
@@ -65,7 +66,7 @@ def packed_bytes(model: Model, profile: str = Profile.BALANCED) -> int:
 def unpack(path: FilePath, *, limits: LoadLimits | None = None) -> Model:
     """Read a packed file into memory: the same model, digest and all.
 
-    `onnxcomp.load` reads it too, and checks the graph as it does that of an ONNX file.
+    `onnxcomp.load` reads it too, and refuses what it refuses in an ONNX file.
 
     Raises:
         InvalidModelError: The file is damaged or breaks a limit.

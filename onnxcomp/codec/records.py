@@ -141,18 +141,7 @@ def read_record(
         codebook = fields.number(len(codebooks) - 1)
         if codebooks[codebook].dtype != dtype:
             raise InvalidModelError(f"a tensor of {dtype} has a codebook of another dtype")
-        values = codebooks[codebook].size
-        if kind == Kind.RUNS:
-            if values > NARROW:
-                raise InvalidModelError("runs have a codebook of more than 256 values")
-            detail = fields.number(NARROW - 1)
-            counts = [fields.number(size), fields.number(size)]
-        elif values > NARROW:
-            detail = fields.number(MAX_VALUES - ESCAPE)
-            escaped = fields.number(size)
-            counts = [size, escaped, escaped]
-        else:
-            counts = [size]
+        detail, counts = _read_counts(fields, kind, codebooks[codebook].size, size)
     parts = tuple(_read_part(fields, count, tables) for count in counts)
     if {part.coder for part in parts} & {CoderId.CONTEXTS, CoderId.MIXING}:
         if kind != Kind.RANKS or len(parts) > 1:
@@ -166,6 +155,21 @@ def read_record(
             parts = (replace(parts[0], table=len(models)),)
             models.append(read_model(fields, shape, tables))
     return Record(kind, parts, codebook, detail)
+
+
+def _read_counts(
+    fields: FieldReader, kind: Kind, values: int, size: int
+) -> tuple[int, list[int]]:
+    """Return the detail of a tensor with so many values, and the symbols of its parts."""
+    if kind == Kind.RUNS:
+        if values > NARROW:
+            raise InvalidModelError("runs have a codebook of more than 256 values")
+        detail = fields.number(NARROW - 1)
+        return detail, [fields.number(size), fields.number(size)]
+    if values > NARROW:
+        detail, escaped = fields.number(MAX_VALUES - ESCAPE), fields.number(size)
+        return detail, [size, escaped, escaped]
+    return 0, [size]
 
 
 def layout_of(shape: tuple[int, ...], codebook: Array) -> Layout:
