@@ -41,8 +41,8 @@ from onnxcomp.search.twins import Twins
 from onnxcomp.search.working import finish, prepare, working_model
 
 _log = logging.getLogger(__name__)
-_STEPS = (-8, -6, -4, -3, -2, -1, 0, 1)  # powers of two of a weight's deviation from 0
-_MEASURED = (3, 5, 7)  # of these steps, those of which the loss is measured
+_STEPS = (-8, -6, -4, -3, -2, -1, 0, 1, 2)  # powers of two of a weight's deviation from 0
+_MEASURED = (3, 5, 7, 8)  # of these steps, those of which the loss is measured
 _LEAST = 1e-30
 _FINE = 12  # steps per octave that the allocation chooses from
 _DAMPING = 0.1  # of refits, as in the walk of a plan
