@@ -28,7 +28,7 @@ Uint8 = npt.NDArray[np.uint8]
 
 _Encode = Callable[[Sequence[Uint8], Sequence[Pieces], Tables], list[bytes]]
 _Decode = Callable[[Sequence[bytes], Sequence[Pieces], Tables], list[Uint8]]
-_TOGETHER = 64  # segments decoded in step where there is no numba
+_TOGETHER = 24 * 2**20  # bytes for segments decoded in step, where there is no numba
 
 
 class CoderId(IntEnum):
@@ -50,6 +50,7 @@ class Coder:
         segment: Symbols of a segment.
         whole: Segments hold whole sequences: as few as have `segment` symbols.
         uses_tables: Each of its sequences names a frequency table.
+        in_step: Many segments at once take less time than one by one, without numba.
         encode: Encodes segments, given their symbols, their pieces and all tables.
         decode: Decodes them, given their bytes.
     """
@@ -57,6 +58,7 @@ class Coder:
     segment: int
     whole: bool
     uses_tables: bool
+    in_step: bool
     encode: _Encode
     decode: _Decode
 
@@ -118,26 +120,35 @@ class StreamReader:
 
     def take(self, count: int) -> Uint8:
         """Return the next symbols, (count,)."""
-        parts: list[Uint8] = []
-        while count:
+        if count and not self._ready:
+            self._decode_more()  # in front of the room for them: a segment may hold them all
+        symbols = np.empty(count, np.uint8)
+        done = 0
+        while done < count:
             if not self._ready:
-                self._decode_more(count)
-            part = self._ready[0]
-            parts.append(part[:count])
-            if part.size > count:
-                self._ready[0] = part[count:]
-            else:
-                self._ready.pop(0)
-            count -= parts[-1].size
-        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.uint8), *parts])
+                self._decode_more()
+            # a call of its own: no name keeps a used segment while more are decoded
+            done += self._move(symbols[done:])
+        return symbols
 
-    def _decode_more(self, count: int) -> None:
-        """Decode what `count` symbols need, and in NumPy as much as pays."""
-        most = 1 if rans.kernels() is not None else _TOGETHER
-        spans = self._spans[self._next : self._next + most]
-        data = [self._read(self._next + i) for i in range(len(spans))]
-        pieces = [self._pieces.between(*span) for span in spans]
-        self._next += len(spans)
+    def _move(self, symbols: Uint8) -> int:
+        """Fill the front of an array from the first decoded segment; return how much."""
+        part = self._ready.pop(0)
+        count = min(part.size, symbols.size)
+        symbols[:count] = part[:count]
+        if count < part.size:
+            self._ready.insert(0, part[count:])
+        return count
+
+    def _decode_more(self) -> None:
+        """Decode the next segment, and without numba as many as pay."""
+        room = _TOGETHER if self._coder.in_step and rans.kernels() is None else 0
+        data, pieces = list[bytes](), list[Pieces]()
+        while not data or (room > 0 and self._next < len(self._spans)):
+            data.append(self._read(self._next))
+            pieces.append(self._pieces.between(*self._spans[self._next]))
+            room -= 2 * len(data[-1]) + int(pieces[-1].ends[-1])  # its words are a copy
+            self._next += 1
         self._ready = self._coder.decode(data, pieces, self._tables)
 
 
@@ -187,16 +198,19 @@ def _decode_mixed(
     symbols: list[Uint8] = []
     for part, piece in zip(data, pieces, strict=True):
         layouts = [tables.layouts[number] for number in piece.tables]
-        tensors = zip(mixing.decode(part, layouts), layouts, strict=True)
-        ranks = [(found + shift_of(layout.values)).reshape(-1) for found, layout in tensors]
-        symbols.append(np.concatenate(ranks).astype(np.uint8))
+        symbols.append(np.empty(piece.ends[-1], np.uint8))
+        flat = np.split(symbols[-1], piece.ends[:-1])
+        ranks = [f.reshape(layout.shape) for f, layout in zip(flat, layouts, strict=True)]
+        mixing.decode_into(part, layouts, ranks)
+        for rank, layout in zip(ranks, layouts, strict=True):
+            rank += shift_of(layout.values)
     return symbols
 
 
 CODERS: dict[CoderId, Coder] = {
-    CoderId.RAW: Coder(2**20, False, False, _encode_raw, _decode_raw),
-    CoderId.LZMA: Coder(2**22, False, False, _encode_lzma, _decode_lzma),
-    CoderId.RANS: Coder(2**18, False, True, rans.encode, rans.decode),
-    CoderId.CONTEXTS: Coder(2**18, False, False, contexts.encode, contexts.decode),
-    CoderId.MIXING: Coder(2**22, True, False, _encode_mixed, _decode_mixed),
+    CoderId.RAW: Coder(2**20, False, False, False, _encode_raw, _decode_raw),
+    CoderId.LZMA: Coder(2**22, False, False, False, _encode_lzma, _decode_lzma),
+    CoderId.RANS: Coder(2**18, False, True, True, rans.encode, rans.decode),
+    CoderId.CONTEXTS: Coder(2**18, False, False, True, contexts.encode, contexts.decode),
+    CoderId.MIXING: Coder(2**22, True, False, False, _encode_mixed, _decode_mixed),
 }

@@ -258,8 +258,8 @@ class PackedFile:
             return from_bytes(first, dtype)
         codebook = self.head.codebooks[record.codebook]
         if codebook.size > NARROW:
-            low, high = rest
-            return _look_up(codebook, from_escapes(first, low, high, record.detail), 0)
+            first = from_escapes(first, *rest, record.detail)
+            return _look_up(codebook, first, 0)
         if record.kind == Kind.RUNS:
             first = from_runs(first, rest[0], record.detail, size)
         return _look_up(codebook, first, shift_of(values_of(codebook)))

@@ -20,7 +20,7 @@ from onnxcomp.codec import rans
 from onnxcomp.codec.fields import FieldReader, FieldWriter
 from onnxcomp.codec.rans import Pieces
 from onnxcomp.codec.symbols import Geometry
-from onnxcomp.codec.tables import SYMBOLS, Counts, Tables
+from onnxcomp.codec.tables import SYMBOLS, TOTAL, Counts, Tables
 from onnxcomp.errors import InvalidModelError
 
 Array = npt.NDArray[Any]
@@ -29,6 +29,7 @@ Uint8 = npt.NDArray[np.uint8]
 EDGES = 4
 OUTSIDE = EDGES + 1  # the bin of a neighbour that does not exist
 CLASSES = (OUTSIDE + 1) ** 2
+_STEPS = 16  # of which the neighbours are in memory, where there is no numba
 _SHARES = (-1.2, -0.4, 0.4, 1.2)  # edges of the bins, in mean magnitudes
 
 
@@ -187,12 +188,29 @@ def _neighbours(
     begin, offset = 0, pieces.skipped
     for end, number in zip(pieces.ends, pieces.tables, strict=True):
         model = models[number]
-        place = (np.arange(end - begin) + offset) % model.period
-        lags[0, begin:end] = place % model.row > 0
-        lags[1, begin:end] = np.where(place >= model.lag, model.lag, 0)
+        place = np.arange(end - begin) + offset
+        lags[0, begin:end], lags[1, begin:end] = _lags(
+            place, step[begin:end], model.period, model.row, model.lag
+        )
         begin, offset = int(end), 0
-    lags[lags > step] = 0
     return pieces.table_of_each(), lags
+
+
+def _lags(
+    place: Array, step: Array, period: Array | int, row: Array | int, lag: Array | int
+) -> tuple[Array, Array]:
+    """Return the distances of symbols to their left and upper neighbours, 0 for none.
+
+    Args:
+        place: Where each lies behind the beginning of its tensor.
+        step: Where it lies behind the beginning of its lane's run.
+        period: As in its `ContextModel`.
+        row: The same.
+        lag: The same.
+    """
+    place = place % period
+    left: Array = (place % row > 0) & (step > 0)
+    return left, np.where((place >= lag) & (step >= lag), lag, 0)
 
 
 def _lane_begins(size: int) -> Array:
@@ -209,6 +227,35 @@ def _order(size: int) -> Array:
     return order
 
 
+class _Places:
+    """Where the symbols of segments of one length lie in their tensors.
+
+    Args:
+        pieces: Which part of each segment has which of the models.
+        models: All models.
+    """
+
+    def __init__(self, pieces: Sequence[Pieces], models: _Models) -> None:
+        starts = int(pieces[0].ends[-1]) * np.arange(len(pieces))
+        pairs = list(zip(pieces, starts, strict=True))
+        self._ends = np.concatenate([part.ends + start for part, start in pairs])
+        begins = [np.append(-part.skipped, part.ends[:-1]) + start for part, start in pairs]
+        self._begins = np.concatenate(begins)
+        self._numbers = np.concatenate([part.tables for part in pieces])
+        self._shapes = models.shapes[self._numbers].T.copy()
+
+    def neighbours(self, at: Array, step: Array) -> tuple[Array, tuple[Array, Array]]:
+        """Return the models of symbols, and their distances to their neighbours.
+
+        Args:
+            at: The symbols, counted through all segments.
+            step: Where each lies behind the beginning of its lane's run.
+        """
+        piece = np.searchsorted(self._ends, at, side="right")
+        shapes = (shape[piece] for shape in self._shapes)
+        return self._numbers[piece], _lags(at - self._begins[piece], step, *shapes)
+
+
 def _decode_together(
     split: Sequence[tuple[Array, Array]],
     pieces: Sequence[Pieces],
@@ -217,21 +264,27 @@ def _decode_together(
 ) -> list[Uint8]:
     """Decode segments of one length in step: the arithmetic of `kernels.decode_contexts`."""
     size = int(pieces[0].ends[-1])
-    lanes, order = rans.lanes_of(size), _order(size)
-    facts = [_neighbours(size, part, tables.models) for part in pieces]
-    numbers = np.stack([number for number, _ in facts])
-    lags = np.stack([lag for _, lag in facts], axis=1)
-    symbols = np.zeros((len(pieces), size), np.uint8)
-    stepper = rans.Stepper(split, tables.slots)
-    for begin in range(0, size, lanes):
-        at = order[begin : begin + lanes]
-        number = numbers[:, at]
-        rows = np.arange(len(pieces))[:, None]
-        left, above = (
-            np.where(lag > 0, models.bins[number, symbols[rows, at - lag]], OUTSIDE)
-            for lag in (lags[0][:, at], lags[1][:, at])
-        )
-        table = models.choices[number, left * (OUTSIDE + 1) + above]
-        symbols[:, at] = stepper.step(table)
+    starts, runs = size * np.arange(len(pieces))[:, None], _lane_begins(size)
+    places, stepper = _Places(pieces, models), rans.Stepper(split, tables.slots)
+    outside = len(models.bins)  # the number of a model that has all symbols in this bin
+    bins = np.append(models.bins, np.full(SYMBOLS, OUTSIDE, np.uint8))
+    slots = models.choices.astype(np.uint32) * np.uint32(TOTAL)
+    symbols = np.empty(len(pieces) * size, np.uint8)
+    steps = -(-size // runs.size)
+    for begin in range(0, steps, _STEPS):
+        step = np.arange(begin, min(begin + _STEPS, steps))[:, None, None]
+        at = np.minimum(runs + step, size - 1) + starts
+        numbers, lags = places.neighbours(at, step)
+        near = [at - lag for lag in lags]
+        known = [np.where(lag > 0, numbers, outside) * SYMBOLS for lag in lags]
+        choices = numbers * CLASSES
+        for i in range(step.size):
+            now = np.s_[i, :, : size - (begin + i) * runs.size]
+            left, above = (
+                bins.take(model[now] + symbols.take(place[now]))
+                for model, place in zip(known, near, strict=True)
+            )
+            first = slots.take(choices[now] + left * (OUTSIDE + 1) + above)
+            symbols[at[now]] = stepper.step(first)
     stepper.finish()
-    return list(symbols)
+    return list(symbols.reshape(len(pieces), size))

@@ -84,8 +84,8 @@ def unpack(path: FilePath, *, limits: LoadLimits | None = None) -> Model:
 def stream(path: FilePath, *, limits: LoadLimits | None = None) -> Iterator[tuple[str, Array]]:
     """Decode the coded tensors of a packed file one by one.
 
-    Memory is that of the largest tensor, of those that come again, and a few segments; tensors
-    of at most 64 bytes lie in the graph and are not among them.
+    Memory is about twice that of the largest tensor, that of those that come again, and a few
+    segments; tensors of at most 64 bytes lie in the graph and are not among them.
 
     Raises:
         InvalidModelError: The file is damaged or breaks a limit.

@@ -15,6 +15,7 @@ from functools import cache
 from importlib import import_module
 from itertools import chain
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from onnxcomp.codec.symbols import Symbols
 from onnxcomp.errors import InvalidModelError, ParameterError
 
+Array = npt.NDArray[Any]
 Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -52,6 +54,11 @@ class Layout:
         """Inputs times taps."""
         return self.shape[1] * self.shape[2]
 
+    @property
+    def dtype(self) -> type[np.uint8 | np.uint16]:
+        """The narrowest for ranks."""
+        return np.uint8 if self.values.size <= 2**8 else np.uint16
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -72,9 +79,9 @@ class _Piece:
         outputs, inputs, taps = self.layout.shape
         return outputs * inputs * taps
 
-    @property
-    def outputs(self) -> slice:
-        return slice(self.begin, self.begin + self.layout.shape[0])
+    def of(self, tensor: Array) -> Array:
+        """Return its part of a tensor in C order, flat, without a copy."""
+        return tensor[self.begin : self.begin + self.layout.shape[0]].reshape(-1)
 
 
 def encode(symbols: Sequence[Symbols]) -> bytes:
@@ -95,7 +102,10 @@ def encode(symbols: Sequence[Symbols]) -> bytes:
         layouts.append(Layout((outputs, inputs, taps), each.values, each.row))
     powers, streams = bytearray(), []
     for pieces in _streams(layouts):
-        ranks = [symbols[piece.tensor].indices[piece.outputs].flatten() for piece in pieces]
+        ranks = [
+            piece.of(symbols[piece.tensor].indices).astype(piece.layout.dtype)
+            for piece in pieces
+        ]
         own = [_power(piece, rank) for piece, rank in zip(pieces, ranks, strict=True)]
         powers += bytes(own)
         streams.append(_encode_stream(pieces, own, ranks))
@@ -104,14 +114,19 @@ def encode(symbols: Sequence[Symbols]) -> bytes:
 
 
 def decode(data: bytes, layouts: Sequence[Layout]) -> list[Int32]:
+    """Return the ranks of tensors, of the layouts' shapes; otherwise as `decode_into`."""
+    found = [np.empty(layout.shape, layout.dtype) for layout in layouts]
+    decode_into(data, layouts, found)
+    return [ranks.astype(np.int32) for ranks in found]
+
+
+def decode_into(data: bytes, layouts: Sequence[Layout], found: Sequence[Array]) -> None:
     """Decode tensors; needs numba.
 
     Args:
         data: What `encode` returned.
         layouts: The tensors' layouts, in the same order.
-
-    Returns:
-        Their ranks: int32, of the layouts' shapes.
+        found: Receive their ranks; in C order, of the layouts' shapes and dtypes.
 
     Raises:
         InvalidModelError: The bytes are too few or too many.
@@ -127,15 +142,12 @@ def decode(data: bytes, layouts: Sequence[Layout]) -> list[Int32]:
     powers = iter(data[:begins])
     sizes = np.frombuffer(data[begins:head], "<u4").astype(np.int64)
     ends = [*(head + np.cumsum(sizes)).tolist(), len(data)]
-    found = [np.empty(layout.shape, np.int32) for layout in layouts]
     for pieces, begin, end in zip(streams, [head, *ends], ends, strict=False):
         own = [next(powers) for _ in pieces]
-        ranks = _decode_stream(pieces, own, data[begin:end])
-        for piece, rank in zip(pieces, ranks, strict=True):
-            found[piece.tensor][piece.outputs] = rank.reshape(piece.layout.shape)
+        ranks = [piece.of(found[piece.tensor]) for piece in pieces]
+        _decode_stream(pieces, own, ranks, np.array(memoryview(data)[begin:end]))
     if not streams and data:
         raise InvalidModelError(f"max coder: {len(data)} bytes for no weights")
-    return found
 
 
 @cache
@@ -164,7 +176,7 @@ def _streams(layouts: Sequence[Layout]) -> Iterator[list[_Piece]]:
         yield gathered
 
 
-def _power(piece: _Piece, ranks: Int32) -> int:
+def _power(piece: _Piece, ranks: Array) -> int:
     """Return the byte for the power of two that brings the mean magnitude near 2^10."""
     values = np.abs(piece.layout.values.astype(np.float64))
     mean = float(np.bincount(ranks, minlength=values.size) @ values) / ranks.size
@@ -173,7 +185,7 @@ def _power(piece: _Piece, ranks: Int32) -> int:
 
 
 def _encode_stream(
-    pieces: Sequence[_Piece], powers: Sequence[int], ranks: Sequence[Int32]
+    pieces: Sequence[_Piece], powers: Sequence[int], ranks: Sequence[Array]
 ) -> bytes:
     kernels = _kernels()
     room = sum(
@@ -185,19 +197,17 @@ def _encode_stream(
 
 
 def _decode_stream(
-    pieces: Sequence[_Piece], powers: Sequence[int], stream: bytes
-) -> list[Int32]:
-    ranks = [np.zeros(piece.weights, np.int32) for piece in pieces]
-    data = np.frombuffer(bytearray(stream), np.uint8)  # writable, as when encoding
+    pieces: Sequence[_Piece], powers: Sequence[int], ranks: Sequence[Array], data: Uint8
+) -> None:
+    """Decode one stream, which is writable as it is when encoding, into ranks."""
     done, last = _kernels().code_stream(_parts(pieces, powers, ranks), data, decoding=True)
-    if len(stream) != done + len(last) or stream[done:] != last:
-        raise InvalidModelError(f"max coder: a stream of {len(stream)} bytes ends elsewhere")
-    return ranks
+    if data.size != done + len(last) or data[done:].tobytes() != last:
+        raise InvalidModelError(f"max coder: a stream of {data.size} bytes ends elsewhere")
 
 
 def _parts(
-    pieces: Sequence[_Piece], powers: Sequence[int], ranks: Sequence[Int32]
-) -> list[tuple[tuple[int, int, int], int, Float64, Int32]]:
+    pieces: Sequence[_Piece], powers: Sequence[int], ranks: Sequence[Array]
+) -> list[tuple[tuple[int, int, int], int, Float64, Array]]:
     """Return shape, row, scaled values and flat ranks of each piece."""
     scaled = [
         np.ldexp(piece.layout.values.astype(np.float64), power + _LEAST_POWER)

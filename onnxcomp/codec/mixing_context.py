@@ -59,7 +59,7 @@ class Tensor(NamedTuple):
         pivot: Rank of the value nearest to zero.
         values: (n,): the codebook in units, ascending.
         edges: (n + 1,): between neighbouring values, and beyond all of them.
-        past: (outputs * inputs * taps,): values that were coded, in units.
+        ranks: (outputs * inputs * taps,): ranks in the codebook, read or written.
         magnitudes: Running means of |value| by row; column; tap; row and tap; column and tap.
         means: The same of the values.
         visits: Of how many.
@@ -73,7 +73,7 @@ class Tensor(NamedTuple):
     pivot: int
     values: Integers
     edges: Integers
-    past: Integers
+    ranks: Integers
     magnitudes: Integers
     means: Integers
     visits: Integers
@@ -123,10 +123,14 @@ def new_predictor(dtype: type[np.signedinteger[Any]]) -> Predictor:
 
 
 def new_tensor(
-    shape: tuple[int, int, int], row: int, values: Float64, dtype: type[np.signedinteger[Any]]
+    shape: tuple[int, int, int],
+    row: int,
+    values: Float64,
+    ranks: Integers,
+    dtype: type[np.signedinteger[Any]],
 ) -> Tensor:
     """Return a tensor (outputs, inputs, taps) before its first weight."""
-    outputs, inputs, taps = shape
+    _, inputs, taps = shape
     units = np.rint(np.clip(values, -LARGEST, LARGEST)).astype(np.int64)
     between = (units[1:] + units[:-1]) >> 1
     edges = np.concatenate([[-4 * LARGEST], between, [4 * LARGEST]])
@@ -138,7 +142,7 @@ def new_tensor(
         int(np.abs(units).argmin()),
         units.astype(dtype),
         edges.astype(dtype),
-        np.zeros(outputs * inputs * taps, dtype),
+        ranks,
         np.full(places, UNIT, dtype),
         np.zeros(places, dtype),
         np.zeros(places, dtype),
@@ -162,13 +166,14 @@ def look_around(
     predictor: Predictor, tensor: Tensor, at: int, channel: int, tap: int, total: int
 ) -> None:
     """Collect what the mean and the scale of the weight `at` are predicted from."""
-    taps, inputs, past = tensor.taps, tensor.inputs, tensor.past
+    taps, inputs, values, ranks = tensor.taps, tensor.inputs, tensor.values, tensor.ranks
     signed, sizes = predictor.signed, predictor.sizes
     reach = tap if taps > 1 else channel
     for lag in range(_LAGS):
-        signed[lag] = past[at - 1 - lag] if reach > lag else 0
-    signed[_LAGS] = past[at - taps] if channel > 0 else 0
-    signed[_LAGS + 1] = past[at - taps * inputs] if at >= taps * inputs else 0
+        signed[lag] = values[ranks[at - 1 - lag]] if reach > lag else 0
+    signed[_LAGS] = values[ranks[at - taps]] if channel > 0 else 0
+    size = taps * inputs
+    signed[_LAGS + 1] = values[ranks[at - size]] if at >= size else 0
     whole = tensor.kernels[-1]
     unit = log2(whole + 16)
     for kind in range(_PLACES):

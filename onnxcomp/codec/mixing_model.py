@@ -50,7 +50,6 @@ from onnxcomp.codec.mixing_tables import (
 
 Integers = npt.NDArray[Any]
 Uint8 = npt.NDArray[np.uint8]
-Int32 = npt.NDArray[np.int32]
 Float64 = npt.NDArray[np.float64]
 
 _TENSOR_COUNTERS = 0  # those that learn fast again in every tensor
@@ -66,7 +65,7 @@ def most_bytes(values: int) -> int:
 
 
 def code_stream(
-    parts: Sequence[tuple[tuple[int, int, int], int, Float64, Int32]],
+    parts: Sequence[tuple[tuple[int, int, int], int, Float64, Integers]],
     data: Uint8,
     *,
     decoding: bool,
@@ -87,25 +86,22 @@ def code_stream(
     """
     bits, predictor = new_bits(data, dtype), new_predictor(dtype)
     for shape, row, values, ranks in parts:
-        code_tensor(bits, predictor, new_tensor(shape, row, values, dtype), ranks, decoding)
+        code_tensor(bits, predictor, new_tensor(shape, row, values, ranks, dtype), decoding)
     return bytes_done(bits), last_bytes(bits)
 
 
 @compiled
-def _code_tensor(
-    bits: Bits, predictor: Predictor, tensor: Tensor, indices: Integers, decoding: bool
-) -> None:
+def _code_tensor(bits: Bits, predictor: Predictor, tensor: Tensor, decoding: bool) -> None:
     """Code all weights of a tensor, and learn from them.
 
     Args:
         bits: What was learned about decisions from the tensors before.
         predictor: What was learned about means and scales.
         tensor: The tensor, new.
-        indices: (outputs * inputs * taps,): ranks in the codebook, read or written.
-        decoding: Write them.
+        decoding: Write its ranks in place of reading them.
     """
     inputs, taps, kernels = tensor.inputs, tensor.taps, tensor.kernels
-    for at in range(0, indices.size, taps):
+    for at in range(0, tensor.ranks.size, taps):
         channel = at // taps % inputs
         if channel == 0:
             begin_row(tensor)
@@ -113,10 +109,9 @@ def _code_tensor(
         for tap in range(taps):
             look_around(predictor, tensor, at + tap, channel, tap, total)
             context = expect(predictor, tensor, tap)
-            rank = _code_rank(bits, tensor, context, indices[at + tap], decoding)
-            indices[at + tap] = rank
+            rank = _code_rank(bits, tensor, context, int(tensor.ranks[at + tap]), decoding)
+            tensor.ranks[at + tap] = rank
             value = tensor.values[rank]
-            tensor.past[at + tap] = value
             learn(predictor, tensor, context, tap, value)
             total += remember(tensor, channel, tap, value)
         size = total // taps
@@ -132,11 +127,9 @@ def _cached(sources: int) -> Callable[..., None]:
     calls, but it does look at its closure.
     """
 
-    def code_tensor(
-        bits: Bits, predictor: Predictor, tensor: Tensor, indices: Integers, decoding: bool
-    ) -> None:
+    def code_tensor(bits: Bits, predictor: Predictor, tensor: Tensor, decoding: bool) -> None:
         if sources >= 0:
-            _code_tensor(bits, predictor, tensor, indices, decoding)
+            _code_tensor(bits, predictor, tensor, decoding)
 
     return compiled(code_tensor, cache=True)
 

@@ -33,6 +33,7 @@ Uint8 = npt.NDArray[np.uint8]
 FULL_LANES, _FEW_LANES = 32, 4
 _MANY_SYMBOLS = 2**14  # from here on 32 lanes cost less than 0.4 % of what they hold
 LOW = 1 << 16
+_BLOCK = 2**14  # symbols of a segment whose tables are in memory
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def split(data: bytes, symbols: int) -> tuple[Array, Array]:
     if len(data) < 4 * lanes or len(data) % 2:
         raise InvalidModelError("a segment is too short for its lanes")
     states = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
-    return states, np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint16)
+    words = np.frombuffer(data, "<u2", offset=4 * lanes)
+    return states, words.astype(np.uint16, copy=False)
 
 
 def check_end(sound: bool) -> None:
@@ -188,11 +190,17 @@ def _decode_together(
     """Decode segments of one length in step: the arithmetic of `kernels.decode`."""
     length = int(pieces[0].ends[-1])
     lanes = lanes_of(length)
-    tables = np.stack([part.table_of_each() for part in pieces])
     symbols = np.empty((len(split), length), np.uint8)
     stepper = Stepper(split, slots)
-    for begin in range(0, length, lanes):
-        symbols[:, begin : begin + lanes] = stepper.step(tables[:, begin : begin + lanes])
+    room = np.empty((len(split), _BLOCK), np.uint32)
+    for begin in range(0, length, _BLOCK):
+        block = symbols[:, begin : begin + _BLOCK]
+        first = room[:, : block.shape[1]]
+        for row, part in zip(first, pieces, strict=True):
+            row[:] = part.between(begin, begin + row.size).table_of_each()
+        first *= TOTAL
+        for at in range(0, block.shape[1], lanes):
+            block[:, at : at + lanes] = stepper.step(first[:, at : at + lanes])
     stepper.finish()
     return list(symbols)
 
@@ -208,31 +216,32 @@ class Stepper:
     def __init__(self, split: Sequence[tuple[Array, Array]], slots: Array) -> None:
         self._entries = slots.reshape(-1)
         self._states = np.stack([states for states, _ in split])
-        lanes = self._states.shape[1]
-        # a step takes no more words than there are lanes; what is taken behind is refused
-        guard = np.zeros(lanes, np.uint16)
-        self._words = np.concatenate([part for _, words in split for part in (words, guard)])
+        # a segment that takes what lies behind its words is refused in the end
+        self._words = np.concatenate([*(words for _, words in split), np.zeros(1, np.uint16)])
         sizes = np.array([words.size for _, words in split])
-        self._stops = np.cumsum(sizes + lanes) - lanes
+        self._stops = np.cumsum(sizes)
         self._taken = self._stops - sizes
 
-    def step(self, tables: Array) -> Array:
-        """Return the next symbols of the first lanes, (segments, lanes), from their tables."""
-        width = tables.shape[1]
+    def step(self, first: Array) -> Uint8:
+        """Return the next symbols of the first lanes, (segments, lanes).
+
+        Args:
+            first: Where the slots of their tables begin among those of all, uint32.
+        """
+        width = first.shape[1]
         old = self._states[:, :width]
-        entry = self._entries.take(tables.astype(np.intp) * TOTAL + (old & (TOTAL - 1)))
+        entry = self._entries.take(first + (old & (TOTAL - 1)))
         new = (entry >> 8 & 0xFFF) * (old >> PRECISION) + (entry >> 20)
         empty = new < LOW
-        places = np.flatnonzero(empty)  # in the order in which words are taken
-        counts = np.count_nonzero(empty, axis=1)
-        first = self._taken - np.cumsum(counts) + counts
-        words = self._words.take(np.repeat(first, counts) + np.arange(places.size))
+        places = empty.reshape(-1).nonzero()[0]  # in the order in which words are taken
+        counts = empty.sum(axis=1)
+        ahead = self._taken - counts.cumsum() + counts
+        words = self._words.take(ahead.repeat(counts) + np.arange(places.size), mode="clip")
         flat = new.reshape(-1)
         flat[places] = flat.take(places) << 16 | words
         self._states[:, :width] = new
         self._taken += counts
-        check_end(bool((self._taken <= self._stops).all()))
-        found: Array = entry & 0xFF
+        found: Uint8 = entry.astype(np.uint8)  # the lowest byte
         return found
 
     def finish(self) -> None:

@@ -20,7 +20,7 @@ Uint8 = npt.NDArray[np.uint8]
 NARROW = 256  # the longest codebook whose ranks are single bytes
 LONG_RUN = 255  # a run that goes on: 255 elements, and no level behind them
 ESCAPE = 255  # a rank outside the window of a long codebook
-_CHUNK = 2**18  # runs whose ends are in memory
+_CHUNK = 2**16  # elements of which more than what is asked for is in memory
 
 
 def to_planes(array: Array) -> list[Uint8]:
@@ -38,13 +38,14 @@ def to_planes(array: Array) -> list[Uint8]:
 
 def from_planes(planes: Sequence[Uint8], dtype: np.dtype[Any]) -> Array:
     """Return the flat array of which `to_planes` made these planes."""
-    joined = np.empty((planes[0].size, len(planes)), np.uint8)
-    for i, plane in enumerate(planes):
-        joined[:, i] = plane
-    bits: Array = joined.view(f"<u{len(planes)}").reshape(-1).astype(f"u{len(planes)}")
-    if dtype.kind in "fV":
-        bits = bits >> 1 | bits << (8 * dtype.itemsize - 1)
-    return bits.view(dtype)
+    bits: Array = np.empty(planes[0].size, f"<u{len(planes)}")
+    for begin in range(0, bits.size, _CHUNK):
+        part = bits[begin : begin + _CHUNK]
+        for i, plane in enumerate(planes):
+            part.view(np.uint8).reshape(-1, len(planes))[:, i] = plane[begin : begin + _CHUNK]
+        if dtype.kind in "fV":
+            part[:] = part >> 1 | part << (8 * dtype.itemsize - 1)
+    return _native(bits).view(dtype)
 
 
 def to_bytes(array: Array) -> Uint8:
@@ -55,8 +56,7 @@ def to_bytes(array: Array) -> Uint8:
 
 def from_bytes(data: Uint8, dtype: np.dtype[Any]) -> Array:
     """Return the flat array of which `to_bytes` made these."""
-    bits: Array = data.view(f"<u{dtype.itemsize}").astype(f"u{dtype.itemsize}")
-    return bits.view(dtype)
+    return _native(data.view(f"<u{dtype.itemsize}")).view(dtype)
 
 
 def shift_of(codebook_values: Array) -> int:
@@ -121,12 +121,25 @@ def from_escapes(symbols: Uint8, low: Uint8, high: Uint8, first: int) -> Array:
     Raises:
         InvalidModelError: They do not fit one another.
     """
-    escaped = symbols == ESCAPE
-    if np.count_nonzero(escaped) != low.size:
+    ranks = np.empty(symbols.size, np.uint16)
+    done = end = 0
+    for begin in range(0, symbols.size, _CHUNK):
+        part = symbols[begin : begin + _CHUNK]
+        ranks[begin : begin + _CHUNK] = part + np.uint16(first)
+        escaped = begin + np.flatnonzero(part == ESCAPE)
+        end = done + escaped.size
+        if end > low.size:
+            break
+        ranks[escaped] = low[done:end] | high[done:end].astype(np.uint16) << 8
+        done = end
+    if end != low.size:
         raise InvalidModelError("ranks of a tensor and their escapes do not fit")
-    ranks = symbols.astype(np.uint16) + np.uint16(first)
-    ranks[escaped] = low | high.astype(np.uint16) << 8
     return ranks
+
+
+def _native(bits: Array) -> Array:
+    """Return little-endian integers in the byte order of this machine."""
+    return bits.astype(bits.dtype.newbyteorder("="), copy=False)
 
 
 def _unsigned(array: Array) -> Array:
