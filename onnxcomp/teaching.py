@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from onnxcomp.analysis import Analysis
-from onnxcomp.analysis.outputs import raw_outputs
+from onnxcomp.analysis.outputs import class_scores, raw_outputs
 from onnxcomp.augmentation import augmented
 from onnxcomp.errors import DataError, ParameterError, UnsupportedModelError
 from onnxcomp.evaluate import join_outputs, paired_outputs
 from onnxcomp.model import Array, Model, Value, extract
-from onnxcomp.runtime import Session
+from onnxcomp.runtime import Session, capture_tensors
 from onnxcomp.sample_rules import channel_axis, is_float
-from onnxcomp.samples import Samples
+from onnxcomp.samples import Samples, as_samples
 
 if TYPE_CHECKING:
     from onnxcomp.bridge.objective import Examples
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 AUGMENTATIONS = ("none", "light", "mixup")
 _LAYERS = 3  # linear nodes of a block, at least, where nothing is residual
 _ALIKE = 0.5  # correlation of a channel with the one that it was, at least
+_AT_ONCE = 64  # samples between two looks at the clock
+_HELD_SHARE, _MOST_HELD = 0.25, 2048  # of the samples; more would only slow the epochs
 _SHOWN = 4  # names in a message
 
 
@@ -89,13 +91,18 @@ class Teacher:
         Args:
             samples: The samples.
             ends: Whether to return those at the ends of blocks too.
-            each: Called with the share that is done, behind every run.
+            each: Called with the share that is done, in front of every 64 samples.
 
         Raises:
             UnsupportedModelError: A tensor has not one row per sample.
             DataError: A value is NaN or infinite.
         """
-        found = self._run(self._sessions[ends], samples, each)
+        runs = []
+        for start in range(0, samples.count, _AT_ONCE):
+            each(start / samples.count)
+            part = samples.take(range(start, min(start + _AT_ONCE, samples.count)))
+            runs.append(self._run(self._sessions[ends], part))
+        found = join_outputs(runs)
         values = {mine: found[its] for mine, its in self._pairs.items()}
         if ends:
             values |= {end.name: end.of(found[end.name]) for end in self.ends}
@@ -109,18 +116,11 @@ class Teacher:
                 raise DataError(f"teacher: '{name}' is NaN or infinite on the samples")
         return {name: array.astype(np.float32) for name, array in values.items()}
 
-    def _run(
-        self, session: Session, samples: Samples, each: Callable[[float], None]
-    ) -> dict[str, Array]:
+    def _run(self, session: Session, samples: Samples) -> dict[str, Array]:
         read = [value for value in self._inputs if value.name in session.input_names]
         used = Samples({value.name: samples.arrays[value.name] for value in read})
-        runs: list[dict[str, Array]] = []
-        done = 0
-        for (outputs,) in paired_outputs([session], read, used, self._batch):
-            runs.append(outputs)
-            done += len(next(iter(outputs.values())))
-            each(done / used.count)
-        return join_outputs(runs)
+        runs = paired_outputs([session], read, used, self._batch)
+        return join_outputs([outputs for (outputs,) in runs])
 
     def _ends(
         self, mine: Analysis, its: Analysis, few: Samples, threads: int
@@ -130,7 +130,7 @@ class Teacher:
         if not names:
             return ()
         parts = (extract(facts.model, (), names) for facts in (mine, its))
-        found = [self._run(Session(p, threads=threads), few, lambda _: None) for p in parts]
+        found = [self._run(Session(part, threads=threads), few) for part in parts]
         ends = (_end(name, *(values[name] for values in found)) for name in names)
         return tuple(end for end in ends if end is not None)
 
@@ -312,6 +312,35 @@ def _span(size: int, area: float, rng: np.random.Generator) -> slice:
     length = round(size * area**0.5)
     start = int(rng.integers(size - length, endpoint=True))
     return slice(start, start + length)
+
+
+def parts_of(model: Model, data: Any, held: Any, seed: int) -> tuple[Samples, Samples]:
+    """Return the samples to learn from and those to judge by, which may be given."""
+    inputs = model.signature.inputs
+    samples = as_samples(data, inputs)
+    if held is not None:
+        return samples, as_samples(held, inputs)
+    return samples.split(seed, min(_HELD_SHARE, _MOST_HELD / samples.count))
+
+
+def label_scores(model: Model, *parts: Samples) -> tuple[str, int]:
+    """Return tensor and number of class scores, in front of Softmax, that fit the labels.
+
+    Raises:
+        DataError: There are no labels, no such scores, or the labels do not fit them.
+    """
+    from onnxcomp.bridge.objective import check_labels
+
+    labels = [part.labels for part in parts if part.labels is not None]
+    if len(labels) < len(parts):
+        raise DataError("tune: the data have no 'labels' to train on; leave labels out")
+    facts = capture_tensors(model, next(parts[0].batches(model.signature.inputs, 1)).feed)
+    found = class_scores(model, facts)
+    if found is None:
+        raise DataError("tune: no output is class scores of shape (N, K); leave labels out")
+    for array in labels:
+        check_labels(array, found[1])
+    return found
 
 
 def check_signatures(model: Model, teacher: Model) -> None:

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
 
-from onnxcomp.analysis.outputs import class_scores
-from onnxcomp.errors import DataError, ParameterError, ValidationError
+from onnxcomp.analysis import Analysis
+from onnxcomp.errors import ParameterError, ValidationError
 from onnxcomp.model import Model
-from onnxcomp.runtime import capture_tensors
-from onnxcomp.samples import Samples, as_samples
+from onnxcomp.samples import Samples
 from onnxcomp.search.deadline import Deadline, Progress, TimeLimitReached
 from onnxcomp.search.store import Store, identity_of
-from onnxcomp.teaching import AUGMENTATIONS, Course, Teacher, check_signatures
+from onnxcomp.teaching import (
+    AUGMENTATIONS,
+    Course,
+    Teacher,
+    check_signatures,
+    label_scores,
+    parts_of,
+)
 
 if TYPE_CHECKING:
     from onnxcomp.bridge import GraphModule
@@ -28,9 +35,7 @@ if TYPE_CHECKING:
     from onnxcomp.bridge.training import Epoch
 
 BLOCKS = ("added", "auto", "first", "off")
-_GATE_SAMPLES = 4  # on which torch must give what onnxruntime gives
-_LOOKED_AT = 16  # samples on which model and teacher are matched
-_HELD_SHARE, _MOST_HELD = 0.25, 2048  # of the samples; more would only slow the epochs
+_LOOKED_AT = 16  # samples on which model and teacher are matched, and ends are scaled
 _SCALED_ON = 128  # samples of which the variances of outputs are taken
 _EPOCHS = 20  # where nothing bounds them
 _MOST_EPOCHS = 1000  # that a time limit is filled with
@@ -84,8 +89,9 @@ class Tuning:
         blocks: What the ends of blocks are used for that both graphs have: "added" compares
             them beside the outputs; "first" trains each block by its own end for half of the
             epochs, all in one pass, and then goes on as with "added"; "off" compares outputs
-            only; "auto" is "first" where the outputs are more than 10 % off, else "off", as
-            nearly right outputs pay for better blocks.
+            only; "auto" is "first" where the squared change of the outputs is above a tenth
+            of their variance (they are off by a third, about), else "off", as nearly right
+            outputs pay for better blocks.
         augment: "none"; "light": images become light copies, other ones at every step;
             "mixup": two thirds of them get parts of others too.
         batch: Samples per step, at least 1.
@@ -93,6 +99,8 @@ class Tuning:
         learning_rate: Its highest, > 0; None = 1e-4 for AdamW, 1e-3 for SGD.
         keep_structure: Keep pruned zeros zero and codebooks codebooks.
         device: "cpu" or "cuda".
+        memory: Bytes that activations of a step may take: of a batch that takes more, fewer
+            samples are run at once, and their gradients are added up.
         seed: Seed of the split, of the order of the samples and of what becomes of them.
         threads: Threads of torch and of onnxruntime, at least 1.
     """
@@ -106,6 +114,7 @@ class Tuning:
     learning_rate: float | None = None
     keep_structure: bool = True
     device: str = "cpu"
+    memory: float = 1e9
     seed: int = 0
     threads: int = 1
 
@@ -129,9 +138,9 @@ def tune(
     """Train a compressed model to give what the original gives, as its outputs tell.
 
     A quarter of the samples, at most 2,048, is held out; the result is never worse on them
-    than the model given.  Shared initializers stay one, BatchNormalization's statistics as
-    they are.  Under `torchrun` all processes train together, on the CPU, and get the same
-    result.
+    than the model given, and an error leaves what was learnt before.  Shared initializers
+    stay one, BatchNormalization's statistics as they are.  Under `torchrun` all processes
+    train together, on the CPU, and get the same result.
 
     Args:
         model: The compressed model; it is not changed.
@@ -152,11 +161,16 @@ def tune(
     """
     check_torch()
     from onnxcomp.bridge.processes import joined
-    from onnxcomp.bridge.training import torch_threads
+    from onnxcomp.bridge.training import single_precision, torch_threads
 
     deadline, tuning = Deadline(time_limit), tuning or Tuning()
     threads = tuning.threads
-    with torch_threads(threads), threadpool_limits(threads), joined() as processes:
+    with (
+        torch_threads(threads),
+        threadpool_limits(threads),
+        single_precision(),
+        joined() as processes,
+    ):
         run = _Run(model, teacher, data, held, tuning, processes)
         folder = None if resume is None else Path(resume)
         return run.result(folder, deadline, progress or (lambda *_: None))
@@ -186,19 +200,19 @@ class _Run:
         tuning: Tuning,
         processes: Processes,
     ) -> None:
-        from onnxcomp.bridge import check_equal, to_torch
-        from onnxcomp.bridge.equality import tolerance_of
-        from onnxcomp.bridge.training import Training, check_device
+        from onnxcomp.bridge import to_torch
+        from onnxcomp.bridge.equality import Gate
+        from onnxcomp.bridge.training import Training, check_device, rows_within
 
         check_device(tuning.device)
         if tuning.device != "cpu" and processes.count > 1:
             raise ParameterError("tune: several processes train on the CPU only; use cpu")
         check_signatures(model, teacher)
-        fit, self._held = _parts(model, data, held, tuning)
+        fit, self._held = parts_of(model, data, held, tuning.seed)
         judged = identity_of(teacher, self._held)
         self._identity = identity_of(model, fit, "tune", tuning, judged)
         self._model, self._tuning, self._processes = model, tuning, processes
-        self._training = training = Training(
+        self._training = Training(
             _EPOCHS if tuning.epochs is None else tuning.epochs,
             tuning.batch,
             tuning.optimizer,
@@ -206,19 +220,20 @@ class _Run:
             keep_structure=tuning.keep_structure,
             seed=tuning.seed,
         )
-        self._module: GraphModule = to_torch(model)
-        self._few = self._held.take(range(min(_GATE_SAMPLES, self._held.count)))
-        self._tolerance = tolerance_of(model)
-        check_equal(self._module, model, self._few, tolerance=self._tolerance)
+        self._module: GraphModule = to_torch(model).to(tuning.device)
+        self._notes = self._module.notes
+        self._gate = Gate(model, self._held, tuning.seed)
+        self._gate.check(self._module, model)
         self._scaled_on = fit.take(range(min(_SCALED_ON, fit.count)))
-        looked = fit.take(range(min(_LOOKED_AT, fit.count)))
+        self._looked = fit.take(range(min(_LOOKED_AT, fit.count)))
+        facts = Analysis(model, self._looked, threads=tuning.threads)
+        self._rows = min(rows_within(tuning.memory, facts), tuning.batch)
         self._teacher = Teacher(
-            model, teacher, looked, threads=tuning.threads, batch=training.batch
+            model, teacher, self._looked, threads=tuning.threads, batch=self._rows
         )
         self._scores, classes = None, 0
         if tuning.labels:
-            self._scores, classes = _class_scores(model, looked, fit, self._held)
-        self._notes: list[str] = []
+            self._scores, classes = label_scores(model, fit, self._held)
         self._blocks = tuning.blocks
         if self._blocks != "off" and not self._teacher.ends:
             self._notes.append("no block ends alike in both graphs; compares outputs only")
@@ -232,6 +247,8 @@ class _Run:
         self, resume: Path | None, deadline: Deadline, progress: Progress
     ) -> TuneResult:
         """Train and write the weights back, whatever ends the training."""
+        from onnxcomp.bridge.plan import reason_of
+
         store = Store(resume if self._processes.rank == 0 else None, self._identity)
         interrupted = False
         try:
@@ -241,6 +258,11 @@ class _Run:
         except KeyboardInterrupt:
             self._notes.append("interrupted; this is the best so far")
             interrupted = True
+        except Exception as error:  # such as of a kernel; what was learnt is not lost for it
+            if self._distillation is None or self._processes.count > 1:
+                raise  # there is nothing yet, or the others wait for this one's part
+            why = reason_of(error)
+            self._notes.append(f"training failed ({why}); this is the best so far")
         if self._distillation is None:
             return TuneResult(self._model, None, None, (), tuple(self._notes), interrupted)
         return self._written(self._distillation, interrupted)
@@ -255,7 +277,7 @@ class _Run:
             if self._processes.total(deadline.passed):
                 raise TimeLimitReached
 
-        held = self._examples(self._held, ends=False, each=check)
+        held, held_share = self._my_held(check)
         judge, phases = self._objectives()
         course = Course(
             self._fit,
@@ -265,7 +287,6 @@ class _Run:
             ends=self._blocks != "off",
             classes=self._classes,
         )
-        self._module.to(self._tuning.device)
         for index, (phase, objective) in enumerate(phases):
             self._distillation = Distillation(
                 self._module,
@@ -275,6 +296,7 @@ class _Run:
                 held,
                 self._training,
                 processes=self._processes,
+                held_share=held_share,
                 phase=phase,
             )
             if self._before is None:
@@ -293,12 +315,9 @@ class _Run:
         state = self._processes.from_first(store.get("tune", phase.phase))
         if state is not None:
             phase.restore(state)
+        save = None if store.folder is None else partial(store.put, "tune", phase.phase)
         try:
-            phase.run(
-                late=lambda: deadline.passed,
-                progress=progress,
-                save=lambda found: store.put("tune", phase.phase, found),
-            )
+            phase.run(late=lambda: deadline.passed, progress=progress, save=save)
         finally:
             phase.take_best()
             self._history += phase.history
@@ -310,24 +329,30 @@ class _Run:
 
         Decides what becomes of the ends of blocks, where that is left open.
         """
-        from onnxcomp.bridge.objective import BlockObjective, Examples, Objective
+        from onnxcomp.bridge.objective import BlockObjective, Objective
 
-        few = self._examples(self._scaled_on, ends=self._blocks != "off")
-        outputs = {name: few.targets[name] for name in self._teacher.outputs}
-        alone = Examples(few.samples, outputs)
-        given = (self._model, self._module)
-        batch, scores = self._training.batch, self._scores
-        plain = Objective(*given, alone, batch)
-        judge = Objective(*given, alone, batch, scores) if scores else plain
+        alone = self._examples(self._scaled_on, ends=False)
+        given, rows, scores = (self._model, self._module), self._rows, self._scores
+        plain = Objective(*given, alone, rows)
+        judge = Objective(*given, alone, rows, scores) if scores else plain
         if self._blocks == "auto":
             self._blocks = "first" if plain.of(self._module, alone) > _FAR else "off"
         if self._blocks == "off":
             return judge, [("outputs", judge)]
+        few = self._examples(self._looked, ends=True)
         ends = [end.name for end in self._teacher.ends]
-        phases = [("outputs", Objective(*given, few, batch, scores, ends))]
+        phases = [("outputs", Objective(*given, few, rows, scores, ends))]
         if self._blocks == "first":
-            phases.insert(0, ("blocks", BlockObjective(*given, few, batch, None, ends)))
+            phases.insert(0, ("blocks", BlockObjective(*given, few, rows, None, ends)))
         return judge, phases
+
+    def _my_held(self, check: Callable[[float], None]) -> tuple[Examples, float]:
+        """Return this process's part of the hold-out, and its share of it."""
+        count, mine = self._held.count, self._processes.share(self._held.count)
+        # as many samples for all processes, which meet at every check
+        index = [*mine, 0][: math.ceil(count / self._processes.count)]
+        found = self._examples(self._held.take(index), ends=False, each=check)
+        return found.take(range(len(mine) or 1)), len(mine) / count
 
     def _examples(self, samples: Samples, **options: Any) -> Examples:
         from onnxcomp.bridge.objective import Examples
@@ -353,50 +378,22 @@ class _Run:
 
     def _written(self, last: Distillation, interrupted: bool) -> TuneResult:
         """Return the best weights in the graph, if they are better there too."""
-        from onnxcomp.bridge import check_equal, from_torch, to_torch
+        from onnxcomp.bridge import from_torch, to_torch
 
         model, before, after = self._model, self._before, self._before
         reason = "nothing did better on the samples held out"
         if before is not None and last.best_loss < before:
             tuned = from_torch(self._module, like=self._model)
-            written = to_torch(tuned)  # its half-precision weights are rounded
+            written = to_torch(tuned).to(self._tuning.device)  # half precision is rounded
             try:
-                check_equal(written, tuned, self._few, tolerance=self._tolerance)
+                self._gate.check(written, tuned)
             except ValidationError as error:
                 reason = f"tuned weights failed a check ({error})"
             else:
-                loss = last.loss_of(written.to(self._tuning.device))
+                loss = last.loss_of(written)
                 if loss < before:
                     model, after = tuned, loss
         if model is self._model:
             self._notes.append(f"{reason}; the model stays as it was")
         history, notes = tuple(self._history), tuple(self._notes)
         return TuneResult(model, before, after, history, notes, interrupted)
-
-
-def _parts(model: Model, data: Any, held: Any, tuning: Tuning) -> tuple[Samples, Samples]:
-    """Return the samples to learn from and those to judge by."""
-    inputs = model.signature.inputs
-    samples = as_samples(data, inputs)
-    if held is None:
-        share = min(_HELD_SHARE, _MOST_HELD / samples.count)
-        parts = samples.split(tuning.seed, share)
-    else:
-        parts = samples, as_samples(held, inputs)
-    if tuning.labels and any(part.labels is None for part in parts):
-        raise DataError("tune: the data have no 'labels' to train on; leave labels out")
-    return parts
-
-
-def _class_scores(model: Model, samples: Samples, *parts: Samples) -> tuple[str, int]:
-    """Return tensor and number of class scores, in front of Softmax, that fit the labels."""
-    from onnxcomp.bridge.objective import check_labels
-
-    facts = capture_tensors(model, next(samples.batches(model.signature.inputs, 1)).feed)
-    found = class_scores(model, facts)
-    if found is None:
-        raise DataError("tune: no output is class scores of shape (N, K); leave labels out")
-    for part in parts:
-        if part.labels is not None:
-            check_labels(part.labels, found[1])
-    return found

@@ -118,19 +118,26 @@ def test_flags_mean_what_they_say(here, files, monkeypatch) -> None:
     flags = ["--epochs", "7", "--labels", "--device", "cuda", "--time-limit", "10m"]
     flags += ["--resume", here / "state", "--seed", "5", "--threads", "2", "--quiet"]
     flags += ["--blocks", "first", "--augment", "mixup", "--optimizer", "sgd"]
-    flags += ["--learning-rate", "0.01"]
+    flags += ["--learning-rate", "0.01", "--memory", "4GB"]
     call(*arguments(files), "-o", here / "a.onnx", *flags)
     for options in seen:
         del options["progress"], options["data"]
     usual = {"epochs": None, "labels": False, "device": "cpu", "time_limit": None}
     usual |= {"blocks": "auto", "augment": "light", "optimizer": "adamw"}
     usual |= {"learning_rate": None, "resume": None, "seed": 0, "threads": 1}
-    usual |= {"batch": 32, "keep_structure": True}
+    usual |= {"batch": 32, "keep_structure": True, "memory": 1e9}
     assert seen[0] == usual
     wanted = usual | {"epochs": 7, "labels": True, "device": "cuda", "time_limit": 600.0}
     wanted |= {"blocks": "first", "augment": "mixup", "optimizer": "sgd"}
     wanted |= {"learning_rate": 0.01, "resume": here / "state", "seed": 5, "threads": 2}
+    wanted["memory"] = 4e9
     assert seen[1] == wanted
+
+
+def test_the_help_is_of_training() -> None:
+    found = call("tune", "--help").stdout
+    assert "Train so long" in found
+    assert "Search" not in found
 
 
 def test_an_interrupt_ends_with_130_and_the_best(here, files, monkeypatch) -> None:

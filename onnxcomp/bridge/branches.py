@@ -228,7 +228,9 @@ def written(facts: Analysis, net: GraphModule, chosen: Mapping[str, Branch]) -> 
         linear, trained = facts.linears[node], from_torch(branch.module, branch.model)
         weights = trained.weights
         convolutions = [n for n in trained.nodes if n.op == "Conv"]
-        kernels = [weights[n.input(1)] for n in convolutions]
+        # weights are in the order in which they were written; parallel nodes are in none
+        read = {n.input(1) for n in convolutions}
+        kernels = [array for name, array in weights.items() if name in read]
         biases = [weights[n.input(2)] for n in convolutions if n.input(2)]
         bias = biases[0] if biases else weights[trained.producers[node].input(1)]
         draft.set_weight(linear.bias, bias.reshape(facts.model.weights[linear.bias].shape))

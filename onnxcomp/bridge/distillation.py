@@ -26,7 +26,9 @@ from onnxcomp.samples import Samples
 State = dict[str, Any]
 """A training so far: plain values and NumPy arrays."""
 
-_PATIENCE = 4  # part of the looks that may pass without a better one, where they are many
+_HARM = 1.1  # times the loss at first, from which training begins again at a lower rate
+_LOWER, _LEAST = 3.0, 0.05  # what divides the rate, and its least share of the given one
+_LARGE = 0.2  # of the highest rate, above which looks do not tell that nothing gets better
 _LOOK_STEPS = 256  # behind which the weights are judged within a long pass
 
 
@@ -66,9 +68,10 @@ class Distillation:
         objective: What it is trained for.
         lessons: Samples to learn from.
         judge: What decides which weights are best, on `held`.
-        held: Examples held out.
+        held: Examples held out, at least one; with several processes, this one's part.
         training: How it is trained.
         processes: Those that train together.
+        held_share: What the loss on `held` counts; that of all processes is added up.
         phase: What the epochs are called.
 
     Raises:
@@ -85,20 +88,19 @@ class Distillation:
         training: Training,
         *,
         processes: Processes = ALONE,
+        held_share: float = 1.0,
         phase: str = "outputs",
     ) -> None:
         if not module.trained:
-            reasons = "; ".join(f"'{name}': {why}" for name, why in module.untrained.items())
+            reason = "; ".join(module.notes) or "none is read"
             raise UnsupportedModelError(
-                f"the model has no weights that can be trained ({reasons or 'none is read'})"
+                f"the model has no weights that can be trained ({reason})"
             )
         self._module = module
         self._objective, self._judge = objective, judge
         self._lessons, self._training = lessons, training
         self._processes, self.phase = processes, phase
-        mine = processes.share(held.samples.count)
-        self._held_share = len(mine) / held.samples.count
-        self._held = held.take(mine or [0])
+        self._held, self._held_share = held, held_share
         self._weights: list[nn.Parameter] = list(module.trained.values())
         self._structure = Structure(self._weights if training.keep_structure else ())
         self._optimizer = training.make_optimizer(self._weights)
@@ -108,16 +110,15 @@ class Distillation:
         self.steps = self.per_epoch * training.epochs
         self._per_look = min(self.per_epoch, _LOOK_STEPS)
         self._step, self._stale, self._running, self._seen = 0, 0, 0.0, 0
+        self._begun, self._given_rate = 0, training.highest_rate
         self.before = self.best_loss = self.loss_of(module)
         self.best: list[Tensor] | None = None
         self.history: list[Epoch] = []
         self.ended = ""
 
     def plan(self, steps: int) -> None:
-        """Train for so many steps, and wait for better weights for a quarter of many."""
-        looks = steps // self._per_look
-        patience = max(self._training.patience, looks // _PATIENCE)
-        self.steps, self._training = steps, replace(self._training, patience=patience)
+        """Train for so many steps."""
+        self.steps = steps
 
     def take_best(self) -> None:
         """Leave the module with its best weights, or those given."""
@@ -131,7 +132,7 @@ class Distillation:
         *,
         late: Callable[[], bool],
         progress: Callable[[str, float], None],
-        save: Callable[[State], None],
+        save: Callable[[State], None] | None,
         save_every_s: float = 60.0,
     ) -> None:
         """Train until the epochs are over or nothing gets better.
@@ -139,29 +140,36 @@ class Distillation:
         Args:
             late: Says whether the time is up; the weights of that moment are judged too.
             progress: Called with a label and the share of the steps that is done.
-            save: Called with the state, behind every epoch and once in a while.
-            save_every_s: Seconds between two states within an epoch.
+            save: Called with the state: behind the first step, once in a while, and at the
+                end, unless that comes within a step.
+            save_every_s: Seconds between two states.
         """
-        saved = time.monotonic()
-        progress(self._label(), self._step / self.steps)
-        while self._step < self.steps and not self._is_stale():
-            self._processes.check()
-            if self._processes.total(late()):
-                save(self.state())
-                self._look()  # is in no state: going on gives the same as undisturbed
-                self.ended = "the time limit was reached"
-                return
-            if not self._advance():
-                self.ended = "the loss became NaN or infinite; try a lower learning rate"
-                return
-            looking = self._step % self._per_look == 0 or self._step == self.steps
-            if looking:
-                self._close_look()
-            if looking or time.monotonic() - saved > save_every_s:
-                save(self.state())
-                saved = time.monotonic()
+        saved, whole, is_late = -math.inf, True, False
+        try:
             progress(self._label(), self._step / self.steps)
-        if self._step < self.steps:
+            while self._step < self.steps and not self._is_stale():
+                self._processes.check()
+                is_late = bool(self._processes.total(late()))
+                if is_late:
+                    break
+                whole = False
+                if not self._advance():
+                    self.ended = "the loss became NaN or infinite; try a lower learning rate"
+                    return
+                if self._step % self._per_look == 0 or self._step == self.steps:
+                    self._close_look()
+                whole = True
+                if save is not None and time.monotonic() - saved > save_every_s:
+                    save(self.state())
+                    saved = time.monotonic()
+                progress(self._label(), self._step / self.steps)
+        finally:
+            if save is not None and whole:
+                save(self.state())
+        if is_late:
+            self._look()  # is in no state: going on gives the same as undisturbed
+            self.ended = "the time limit was reached"
+        elif self._step < self.steps:
             self.ended = f"no better hold-out loss at the last {self._stale} looks"
 
     def _is_stale(self) -> bool:
@@ -210,9 +218,10 @@ class Distillation:
         if not math.isfinite(loss) or not torch.isfinite(norm):
             return False
         for group in self._optimizer.param_groups:
-            group["lr"] = self._training.rate(self._step, self.steps)
+            group["lr"] = self._rate(self._step)
         self._optimizer.step()
-        decay = min(self._training.average, (1 + self._step) / (10 + self._step))
+        taken = self._step - self._begun
+        decay = min(self._training.average, (1 + taken) / (10 + taken))
         with torch.no_grad():
             self._structure.settle(self._weights)
             for average, weight in zip(self._average, self._weights, strict=True):
@@ -225,11 +234,28 @@ class Distillation:
 
     def _close_look(self) -> None:
         fit_loss, number = self._running / self._seen, self._step / self.per_epoch
-        rate = self._training.rate(self._step - 1, self.steps)
+        rate = self._rate(self._step - 1)
         loss, better = self._look()
         self.history.append(Epoch(self.phase, number, fit_loss, loss, rate))
-        self._stale = 0 if better else self._stale + 1
+        large = rate > _LARGE * self._training.highest_rate  # steps that hide what they gain
+        self._stale = 0 if better or large else self._stale + 1
         self._running, self._seen = 0.0, 0
+        if loss > _HARM * self.before and rate > _LEAST * self._given_rate:
+            self._lower()
+
+    def _rate(self, step: int) -> float:
+        return self._training.rate(step - self._begun, self.steps - self._begun)
+
+    def _lower(self) -> None:
+        """Go back to the best weights, and on from there at a lower rate."""
+        self.take_best()
+        with torch.no_grad():
+            for average, weight in zip(self._average, self._weights, strict=True):
+                average.copy_(weight)
+        rate = self._training.highest_rate / _LOWER
+        self._training = replace(self._training, learning_rate=rate)
+        self._optimizer = self._training.make_optimizer(self._weights)
+        self._begun = self._step
 
     def _look(self) -> tuple[float, bool]:
         """Return the hold-out loss of the averaged weights, and whether it is the best."""
@@ -253,6 +279,8 @@ class Distillation:
         return {
             "step": self._step,
             "stale": self._stale,
+            "begun": self._begun,
+            "learning_rate": self._training.highest_rate,
             "running": self._running,
             "seen": self._seen,
             "weights": [_array(weight) for weight in self._weights],
@@ -282,6 +310,8 @@ class Distillation:
         self.best_loss = state["best_loss"]
         self.history = [Epoch(*entry) for entry in state["history"]]
         self._step, self._stale = state["step"], state["stale"]
+        self._begun = state["begun"]
+        self._training = replace(self._training, learning_rate=state["learning_rate"])
         self._running, self._seen = state["running"], state["seen"]
 
 

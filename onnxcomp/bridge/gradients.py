@@ -13,7 +13,7 @@ from torch.nn import functional
 from onnxcomp.analysis.outputs import class_scores, raw_outputs
 from onnxcomp.bridge.equality import check_equal, tolerance_of
 from onnxcomp.bridge.module import GraphModule, to_torch
-from onnxcomp.bridge.objective import check_labels
+from onnxcomp.bridge.objective import check_labels, label_loss, samples_first
 from onnxcomp.bridge.plan import as_tensor
 from onnxcomp.bridge.training import torch_threads
 from onnxcomp.evaluate import usable_batch
@@ -119,10 +119,10 @@ class _Loss:
         tensors = _tensors(feed.feed)
         if self._scores is not None:
             scores = self._module(tensors, [self._scores])[self._scores]
-            return self._cross_entropy(scores[: feed.count].flatten(1), feed)
+            return self._cross_entropy(samples_first(scores, feed), feed)
         outputs = self._module(tensors, self._names)
         losses = [
-            self._shifted(_rows(value, feed), self._deviations[name])
+            self._shifted(samples_first(value, feed), self._deviations[name])
             for name, value in outputs.items()
         ]
         return torch.stack(losses).mean()
@@ -130,11 +130,8 @@ class _Loss:
     def _cross_entropy(self, scores: Tensor, feed: Batch) -> Tensor:
         """Return the cross entropy against the labels, or the model's own first class."""
         if self._labels is None:
-            return functional.cross_entropy(scores, scores.argmax(dim=1))
-        labels = self._labels[feed.start : feed.start + feed.count]
-        if labels.shape == tuple(scores.shape):
-            return functional.cross_entropy(scores, as_tensor(labels).to(scores))
-        return functional.cross_entropy(scores, as_tensor(labels.reshape(-1)).long())
+            return label_loss(scores, scores.detach().flatten(1).argmax(dim=1).numpy())
+        return label_loss(scores, self._labels[feed.start : feed.start + feed.count])
 
     def _shifted(self, value: Tensor, deviation: float) -> Tensor:
         """Return the squared change of values against themselves shifted by noise."""
@@ -144,9 +141,3 @@ class _Loss:
 
 def _tensors(feed: Mapping[str, Array]) -> dict[str, Tensor]:
     return {name: as_tensor(array) for name, array in feed.items()}
-
-
-def _rows(value: Tensor, feed: Batch) -> Tensor:
-    """Return the rows of the samples, without those that fill a batch up."""
-    padded = value.dim() > 0 and feed.rows is not None and len(value) == feed.rows
-    return value[: feed.count] if padded else value

@@ -22,11 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.probe import pixel_ranges, random_inputs
-from onnxcomp.bridge.equality import takes_batches
+from onnxcomp.bridge.equality import check_equal, takes_batches, tolerance_of
 from onnxcomp.bridge.module import GraphModule, to_torch
-from onnxcomp.bridge.plan import as_tensor
-from onnxcomp.bridge.training import torch_threads
-from onnxcomp.errors import UnsupportedModelError
+from onnxcomp.bridge.plan import KERNEL_ERRORS, as_tensor, reason_of
+from onnxcomp.bridge.training import activations, rows_within, torch_threads
+from onnxcomp.errors import ExecutionError, UnsupportedModelError, ValidationError
 from onnxcomp.model import Model
 from onnxcomp.sample_rules import channel_axis
 from onnxcomp.samples import Samples
@@ -42,8 +42,6 @@ _CLOSE = 0.05  # divergence of images that will do; batches of 64 real ones are 
 _WORK = 20 * 10**12  # MACs up to which further batches are made; ten minutes on a core, about
 _PASSES = 3  # forward and backward, in units of a forward pass
 _TOUCHES = 200  # of an element of an activation, in MACs of the same time
-_COPIES = 3  # of every activation that a step holds at once
-_BYTES = 4  # of a number
 _RANK = 4  # of images in batches
 _SHIFT = 8  # the largest shift is the extent divided by this
 _MIRRORED = 3  # channels of pictures that are mirrored, every other time
@@ -120,9 +118,10 @@ def inverted(
     Raises:
         UnsupportedModelError: The model says too little of real images.  No BatchNormalization
             has statistics of its own; an input is no float array of rank 4 (nothing recorded
-            tells a state or a token from a wrong one); torch cannot run the model, or not on
-            several images at once, which only together have statistics; the time is up before
-            the first batch; or its images stay far from the statistics.
+            tells a state or a token from a wrong one); torch cannot run the model, or gives
+            something else than onnxruntime, or fails on several images at once, which only
+            together have statistics; the time is up before the first batch; or its images
+            stay far from the statistics.
     """
     recorded = records(model)
     if not recorded:
@@ -130,9 +129,7 @@ def inverted(
     for value in model.signature.inputs:
         if len(value.shape or ()) != _RANK or value.dtype.kind != "f":
             raise UnsupportedModelError(f"input '{value.name}' is no float array of rank 4")
-    module = to_torch(model).requires_grad_(False)
-    if not takes_batches(module, model, seed=seed):
-        raise UnsupportedModelError("the graph takes one image at a time, not a batch")
+    module = _module(model, seed)
     batches, rows = _sizes(Analysis(model, seed=seed), memory)
     noise = random_inputs(model, batches * _BATCH, seed=seed)
     network, ranges = _Network(module, recorded, scores, rows), pixel_ranges(model)
@@ -141,25 +138,39 @@ def inverted(
         for index in range(batches):
             part = noise.take(range(index * _BATCH, (index + 1) * _BATCH))
             images = _Images(part, ranges, np.random.default_rng([seed, index]))
-            for step in range(_STEPS):
-                if late():
-                    return _joined(made)
-                progress((index + step / _STEPS) / batches)
-                images.advance(step, network)
             try:
+                for step in range(_STEPS):
+                    if late():
+                        return _joined(made)
+                    progress((index + step / _STEPS) / batches)
+                    images.advance(step, network)
                 made.append(images.checked(network))
             except UnsupportedModelError:
                 if not made:
                     raise
+            except KERNEL_ERRORS as error:
+                if not made:
+                    raise UnsupportedModelError(f"torch fails: {reason_of(error)}") from error
     return _joined(made)
+
+
+def _module(model: Model, seed: int) -> GraphModule:
+    """Return a model for torch, or raise why not (UnsupportedModelError)."""
+    module = to_torch(model).requires_grad_(False)
+    try:
+        check_equal(module, model, tolerance=tolerance_of(model), seed=seed)
+    except (ExecutionError, ValidationError) as error:
+        raise UnsupportedModelError(str(error)) from error
+    if not takes_batches(module, model, seed=seed):
+        raise UnsupportedModelError("the graph takes one image at a time, not a batch")
+    return module
 
 
 def _sizes(facts: Analysis, memory: float) -> tuple[int, int]:
     """Return the number of batches, and the images that a pass takes."""
-    elements = sum(math.prod(fact.shape) for fact in facts.tensors.values())
-    work = _STEPS * _BATCH * (_PASSES * facts.cost.macs + _TOUCHES * elements)
-    rows = int(memory / max(_COPIES * _BYTES * elements, 1))
-    return min(max(_WORK // max(work, 1), 1), _BATCHES), min(max(rows, 1), _BATCH)
+    work = _STEPS * _BATCH * (_PASSES * facts.cost.macs + _TOUCHES * activations(facts))
+    batches = min(max(_WORK // max(work, 1), 1), _BATCHES)
+    return batches, min(rows_within(memory, facts), _BATCH)
 
 
 def _joined(batches: Sequence[Samples]) -> Samples:
@@ -222,11 +233,7 @@ class _Network:
         """Return means and mean squares that were recorded elsewhere, and the entropy."""
         scores = [] if self._scores is None else [self._scores]
         wanted = dict.fromkeys([*(record.tensor for record in self._recorded), *scores])
-        try:
-            values = self._module(dict(zip(names, arrays, strict=True)), tuple(wanted))
-        except (RuntimeError, IndexError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise UnsupportedModelError(f"torch fails on several images: {reason}") from error
+        values = self._module(dict(zip(names, arrays, strict=True)), tuple(wanted))
         found: list[Tensor] = []
         for record in self._recorded:
             found += _moments(values[record.tensor])

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from onnxcomp.bridge.plan import BatchNorm, Place, Plan, Step, make_plan, named
-from onnxcomp.errors import ParameterError
+from onnxcomp.bridge.plan import (
+    KERNEL_ERRORS,
+    BatchNorm,
+    Place,
+    Plan,
+    Step,
+    make_plan,
+    named,
+    reason_of,
+)
+from onnxcomp.errors import ParameterError, UnsupportedModelError
 from onnxcomp.model import Model
 
 Schedule = tuple[tuple[Step, tuple[str, ...]], ...]
@@ -72,6 +82,20 @@ class GraphModule(nn.Module):
         """The Parameters by the names of their initializers."""
         return {n: w for n, w in self.weights.items() if isinstance(w, nn.Parameter)}
 
+    @property
+    def device(self) -> torch.device:
+        """Where its Parameters and constants are; the CPU where it has none."""
+        return next(chain(self.parameters(), self.buffers()), torch.empty(0)).device
+
+    @property
+    def notes(self) -> list[str]:
+        """A note on weights that layers read and that are no Parameters, if there are any."""
+        if not self.untrained:
+            return []
+        name, reason = next(iter(self.untrained.items()))
+        others = f" and {len(self.untrained) - 1} more" * (len(self.untrained) > 1)
+        return [f"not trained: weight '{name}'{others}, as {reason}"]
+
     def forward(
         self, feeds: Mapping[str, Tensor], outputs: Sequence[str] | None = None
     ) -> dict[str, Tensor]:
@@ -88,7 +112,8 @@ class GraphModule(nn.Module):
 
         Raises:
             ParameterError: A tensor is unknown, or an input is missing.
-            RuntimeError: Torch fails on these values; a note names the node.
+            UnsupportedModelError: Torch fails on these values, or runs out of memory; the
+                message names the node.
         """
         wanted = self.output_names if outputs is None else tuple(outputs)
         schedule = self._schedule(frozenset(feeds), wanted)
@@ -109,9 +134,10 @@ class GraphModule(nn.Module):
             keywords = {} if step.wants is None else {step.wants: state[step.wants]}
             try:
                 result = step.kernel(*(read(*source) for source in step.inputs), **keywords)
-            except Exception as error:
-                error.add_note(f"in node '{step.id}' of the graph")
-                raise
+            except KERNEL_ERRORS as error:
+                raise UnsupportedModelError(
+                    f"torch fails in node '{step.id}': {reason_of(error)}"
+                ) from error
             (host if step.host else values).update(named(step.outputs, result))
             for name in done:
                 del values[name]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from onnxcomp.bridge.equality import takes_batches
+from onnxcomp.bridge.equality import run, takes_batches
 from onnxcomp.bridge.module import GraphModule
 from onnxcomp.bridge.plan import as_tensor
 from onnxcomp.errors import DataError, ValidationError
@@ -94,9 +94,8 @@ class Objective:
             ValidationError: An output has another shape than the teacher's.
         """
         count = examples.samples.count
-        device = next(module.parameters()).device
         for feed in self._feeds(examples.samples):
-            tensors = {name: as_tensor(array).to(device) for name, array in feed.feed.items()}
+            tensors = {n: as_tensor(a).to(module.device) for n, a in feed.feed.items()}
             index = range(feed.start, feed.start + feed.count)
             for loss in self.losses(module, tensors, feed, examples.take(index)):
                 yield feed.count / count, loss
@@ -121,9 +120,9 @@ class Objective:
         if self._ends:
             loss = loss + self._change(self._ends, outputs, feed, examples)
         if self._classes is not None and examples.samples.labels is not None:
-            scores = _samples_first(outputs[self._classes], feed)
+            scores = samples_first(outputs[self._classes], feed)
             known = examples.targets.get(self._classes)
-            loss = loss + _label_loss(scores, examples.samples.labels, known)
+            loss = loss + label_loss(scores, examples.samples.labels, known)
         yield loss
 
     def of(self, module: GraphModule, examples: Examples) -> float:
@@ -140,18 +139,21 @@ class Objective:
     def _has_rows(self, module: GraphModule, samples: Samples) -> bool:
         """Whether each output has one row per sample; those of detectors may have more."""
         for count in (1, min(2, samples.count)):
-            feed = {name: as_tensor(array[:count]) for name, array in samples.arrays.items()}
-            with torch.no_grad():
-                outputs = module(feed, self._names).values()
+            feed = {name: array[:count] for name, array in samples.arrays.items()}
+            outputs = run(module, feed, self._names).values()
             if any(value.shape[:1] != (count,) for value in outputs):
                 return False
         return True
 
     def _feeds(self, samples: Samples) -> Iterator[Batch]:
-        if self._free:  # the declared batch of one would hold back a graph that takes more
-            yield Batch(dict(samples.arrays), 0, samples.count, samples.count)
-        else:
+        if not self._free:
             yield from samples.batches(self._inputs, self._size)
+            return
+        # the declared batch of one would hold back a graph that takes more
+        for start in range(0, samples.count, self.batch):
+            feed = {n: a[start : start + self.batch] for n, a in samples.arrays.items()}
+            count = min(self.batch, samples.count - start)
+            yield Batch(feed, start, count, count)
 
     def _change(
         self,
@@ -163,7 +165,7 @@ class Objective:
         """Return the mean over tensors of their squared change relative to the variance."""
         found = []
         for name in names:
-            value, target = _samples_first(values[name], feed), examples.targets[name]
+            value, target = samples_first(values[name], feed), examples.targets[name]
             if tuple(value.shape) != target.shape:
                 raise ValidationError(
                     f"'{name}' has shape {tuple(value.shape)}, the teacher's {target.shape} "
@@ -178,7 +180,8 @@ class BlockObjective(Objective):
     """Mean over blocks of what changes at their ends, each trained by its own end alone.
 
     All blocks are run one after the other on what the model itself gives at the ends in front
-    of them, without a path for gradients between them; the outputs end the last one.
+    of them, and no gradient passes an end; the outputs end the last one.  A skip that leads
+    round an end, as in a U-Net, carries gradients to the block that it comes from.
     """
 
     def losses(
@@ -222,7 +225,7 @@ def check_labels(labels: Array, classes: int) -> None:
         raise DataError(f"labels go from {flat.min()} to {flat.max()}; there are {classes}")
 
 
-def _label_loss(scores: Tensor, labels: Array, known: Array | None) -> Tensor:
+def label_loss(scores: Tensor, labels: Array, known: Array | None = None) -> Tensor:
     """Return the mean cross entropy, weighed by what the teacher does not know.
 
     Args:
@@ -244,7 +247,7 @@ def _label_loss(scores: Tensor, labels: Array, known: Array | None) -> Tensor:
     return (off * entropy).mean()
 
 
-def _samples_first(value: Tensor, batch: Batch) -> Tensor:
+def samples_first(value: Tensor, batch: Batch) -> Tensor:
     """Return the rows of the samples; what has no batch axis gets one, as in `predict`."""
     if value.dim() and value.shape[0] == (batch.rows or 1):
         return value if batch.rows is None else value[: batch.count]

@@ -32,6 +32,15 @@ _FEW = 64  # elements: larger constants are kept where the module is
 _SMALL = 16  # the same for fractions that take part in computing a shape
 _OF_SHAPES = ("Shape", "Size")
 _VALUES = ("value", "value_float", "value_floats", "value_int", "value_ints")
+KERNEL_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+)
+"""What torch raises where it cannot compute something; running out of memory is one."""
 
 
 class Place(Enum):
@@ -198,12 +207,17 @@ def _fold(
             inputs = [values[name] if name else None for name in node.inputs]
             try:
                 result = kernel(*inputs, **quiet(handler.wants))
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            except KERNEL_ERRORS as error:
                 raise UnsupportedModelError(
-                    f"{node.op} '{node.id}' fails on its constants: {error}"
+                    f"{node.op} '{node.id}' fails on its constants: {reason_of(error)}"
                 ) from error
             values.update(named(node.outputs, result))
     return values
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of what an error says, or its kind where it says nothing."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def named(names: Sequence[str], result: Any) -> dict[str, Any]:

@@ -140,10 +140,11 @@ class _Finding:
         elif node.op in _MOVES:
             for source in node.inputs[_MOVES[node.op]]:
                 self.trace(source)
-        elif node.op == "Constant":
-            self.untrained[name] = "it is a Constant node; fold constants first"
         else:
-            self.untrained[name] = f"it is made by {node.op}; fold constants first"
+            self.untrained[name] = (
+                f"a {node.op} node makes it, which `onnxcomp compress --force` without limits "
+                "folds"
+            )
 
 
 def _is_trainable(array: Array) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 _ZEROS = 0.01  # share of exact zeros above which a weight was pruned
 _MOST_VALUES = 256  # of a codebook
-_LEAST_READERS = 20  # elements per value of a codebook, in the mean
+_LEAST_READERS = 2  # elements per value of a codebook, in the mean; nearly 1 where dense
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Structure:
     """The zeros and codebooks of some weights, found in the values they have now.
 
     Exact zeros of a kernel or matrix stay where they are more than 1 % of it.  Where it has
-    at most 256 values, two of them not zero, each for 20 elements or more in the mean, each
-    value but zero is trained as one number: elements that are equal stay equal.  Of vectors
-    only a lone zero stays, which a codebook that indices read has for what was pruned; the
-    zeros of biases are many, and none of them was pruned.
+    2 to 256 values besides zero, each for 2 elements or more in the mean, each is trained as
+    one number: elements that are equal stay equal.  Of vectors only a lone zero stays, which
+    a codebook that indices read has for what was pruned; the zeros of biases are many, and
+    none of them was pruned.
 
     Args:
         weights: The weights, on the device where they are trained.
@@ -74,12 +74,12 @@ class Structure:
 def _codebook(value: Tensor) -> _Codebook | None:
     """Return the codebook of a tensor; None where it has too many values, or only one."""
     values, group, population = torch.unique(value, return_inverse=True, return_counts=True)
-    count = len(values)
-    few = count <= _MOST_VALUES and count * _LEAST_READERS <= value.numel()
-    if not few or torch.count_nonzero(values) < 2:
+    readers = population[values != 0]
+    few = 2 <= len(readers) <= _MOST_VALUES
+    if not few or readers.sum() < _LEAST_READERS * len(readers):
         return None
     group = group.flatten()
     place = torch.arange(group.numel(), device=group.device)
-    first = torch.full((count,), group.numel(), device=group.device)
+    first = torch.full((len(values),), group.numel(), device=group.device)
     first.scatter_reduce_(0, group, place, "amin")
     return _Codebook(group, population.to(value.dtype), first)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from onnxcomp.analysis import Analysis
 from onnxcomp.errors import ParameterError
 
 RATES: Mapping[str, float] = {"adamw": 1e-4, "sgd": 1e-3}
@@ -18,6 +19,8 @@ RATES: Mapping[str, float] = {"adamw": 1e-4, "sgd": 1e-3}
 _WARM_UP = 0.1  # share of the steps in which the learning rate grows
 _MOMENTUM = 0.9  # of SGD
 _DEVICES = ("cpu", "cuda")
+_COPIES = 3  # of every activation that a step holds at once
+_BYTES = 4  # of a number
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Training:
         weight_decay: That of kernels and matrices; vectors, such as biases, have none.
         average: Decay of the moving average of the weights, approached in the first steps.
         clip: Largest norm of a gradient.
-        patience: Looks at the hold-out loss without a better one before training ends.
+        patience: Looks at the hold-out loss without a better one before training ends, once
+            the learning rate is low.
         keep_structure: Exact zeros and codebooks stay; see `Structure`.
         seed: Seed of the order of the samples, and of what is drawn for them.
     """
@@ -115,6 +119,29 @@ def check_device(device: str) -> None:
         raise ParameterError(
             "tune: 'device' is cuda, but PyTorch finds no usable CUDA device here; use cpu"
         )
+
+
+def activations(facts: Analysis) -> int:
+    """Return the numbers that a model computes for a sample, inner tensors included."""
+    weights = facts.model.weights
+    return sum(math.prod(f.shape) for name, f in facts.tensors.items() if name not in weights)
+
+
+def rows_within(memory: float, facts: Analysis) -> int:
+    """Return how many samples a step can run at once in so many bytes, at least 1."""
+    return max(int(memory / max(_COPIES * _BYTES * activations(facts), 1)), 1)
+
+
+@contextmanager
+def single_precision() -> Iterator[None]:
+    """Keep CUDA from multiplying in TensorFloat-32 for the time of a block."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 @contextmanager

@@ -12,14 +12,24 @@ from rich.table import Table
 
 from onnxcomp import codec
 from onnxcomp.cli.compress import PACKED_SUFFIX
-from onnxcomp.cli.options import Preprocess, Quiet, Resume, Seed, Threads, TimeLimit
+from onnxcomp.cli.options import Memory, Preprocess, Quiet, Resume, Seed, Threads
 from onnxcomp.cli.output import complain, emit, inputs_of, stderr, warn
+from onnxcomp.errors import ParameterError
 from onnxcomp.loading import load, write_model
 from onnxcomp.opening import check_outputs, open_model
+from onnxcomp.recipe import parse_duration
 from onnxcomp.report.progress import ProgressView
 from onnxcomp.teaching import AUGMENTATIONS, check_signatures
 from onnxcomp.tune import BLOCKS, TuneResult, Tuning, check_torch
 from onnxcomp.tune import tune as tune_model
+
+
+def _duration(text: str) -> float:
+    try:
+        return parse_duration(text)
+    except ParameterError as error:
+        raise typer.BadParameter(str(error)) from error
+
 
 Teacher = Annotated[
     Path, typer.Option("--teacher", metavar="PATH", help="The original to learn from.")
@@ -46,6 +56,12 @@ Optimizer = Annotated[str, typer.Option(metavar="adamw|sgd", help="What takes th
 Rate = Annotated[
     float | None, typer.Option(metavar="X", help="The highest [1e-4; with sgd 1e-3].")
 ]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        parser=_duration, metavar="TIME", help="Train so long, such as 10m, and keep the best."
+    ),
+]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where torch computes.")]
 
 
@@ -64,6 +80,7 @@ def tune(
     device: Device = "cpu",
     time_limit: TimeLimit = None,
     resume: Resume = None,
+    memory: Memory = None,
     seed: Seed = None,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -82,6 +99,7 @@ def tune(
         optimizer=optimizer,
         learning_rate=learning_rate,
         device=device,
+        memory=memory or Tuning.memory,
         seed=seed or 0,
         threads=threads or 1,
     )
@@ -89,15 +107,13 @@ def tune(
     from onnxcomp.bridge.processes import leads
 
     first = leads()
-    shown = ProgressView(stderr(), quiet=quiet or not first, time_limit_s=time_limit)
-    with shown as progress:
+    with ProgressView(stderr(), quiet=quiet or not first, time_limit_s=time_limit) as progress:
         student = open_model(model, data, preprocess=preprocess)
         check_signatures(student.model, load(teacher))  # says more than that samples misfit
         original = open_model(teacher, data, preprocess=preprocess)
-        files = (*student.model.files, *original.model.files)
-        inputs = inputs_of(files, data, preprocess)
-        check_outputs({"-o": out}, inputs)
         models = (student.model, original.model)
+        inputs = inputs_of([f for m in models for f in m.files], data, preprocess)
+        check_outputs({"-o": out}, inputs)
         result = tune_model(
             *models,
             student.samples,

@@ -26,16 +26,11 @@ from onnxcomp.search.judge import Judge
 from onnxcomp.search.pursuit import Outcome, Pursuit
 from onnxcomp.search.search import Point, Search
 from onnxcomp.search.settings import Limits, Settings
-from onnxcomp.search.setup import (
-    Roles,
-    assign_samples,
-    invert_samples,
-    make_search,
-)
+from onnxcomp.search.setup import Roles, assign_samples, invert_samples, make_search
 from onnxcomp.search.space import Plan
 from onnxcomp.search.storage import without_codebook
 from onnxcomp.search.store import Store
-from onnxcomp.search.tuning import SEARCH_SHARE, check_tuning, tuned
+from onnxcomp.search.tuning import SEARCH_SHARE, check_expressible, check_tuning, tuned
 from onnxcomp.search.working import finish, prepare
 from onnxcomp.validation import Ladder, validate
 
@@ -88,8 +83,8 @@ def compress(
 
     Args:
         model: The vendor's model; it is not changed.
-        data: Unlabelled inputs (labels are used by `metric` only); if None, images inverted
-            from what BatchNormalization recorded stand for them, or noise.
+        data: Inputs, whose labels are used by `metric` and tuning only; if None, images
+            inverted from what BatchNormalization recorded stand for them, or noise.
         limits: What the result may cost; overrides `settings.limits`.
         settings: Everything else.
         metric: Task metric to report, and to limit the drop of; drift is always reported.
@@ -106,7 +101,7 @@ def compress(
         The result; where nothing pays, its model is the prepared original.
 
     Raises:
-        UnsupportedModelError: The model holds what onnxcomp cannot work on.
+        UnsupportedModelError: The model holds what onnxcomp cannot work on, or cannot tune.
         DataError: The samples do not fit the model.
         ParameterError: A setting is outside what it allows.
     """
@@ -159,6 +154,8 @@ class _Run:
         self._base = Analysis(self._original, self._samples.fit, seed=settings.seed)
         prepared, self._refusals = self._timed("prepare", partial(prepare, self._original))
         self._plain = finish(prepared)
+        if settings.tune:
+            check_expressible(self._plain)
         idle = settings.limits == Limits() and not settings.shares
         if self._samples.given is None and not idle:
             self._samples = self._timed("invert", partial(self._inverted, prepared, store))

@@ -129,7 +129,13 @@ def resizes() -> Iterator[Case]:
         attrs = {"nearest_mode": nearest, "coordinate_transformation_mode": way}
         note = f"{nearest} {way}"
         yield Case("Resize", (x, None, part), attrs, opset=19, note=note)
-    yield from _sized_resizes(x)
+    for size, out in ((3, 5), (7, 13), (13, 25)):  # the product is below `out` in double
+        x, scales = floats(1, 2, size, 4), np.array([1, 1, out / size, 1], np.float32)
+        for mode in ("nearest", "linear"):
+            note = f"{mode} {size} to {out}"
+            yield Case("Resize", (x, None, Fixed(scales)), {"mode": mode}, note=note)
+            yield Case("Upsample", (x, Fixed(scales)), {"mode": mode}, opset=9, note=note)
+    yield from _sized_resizes(floats(1, 2, 5, 6))
 
 
 def _sized_resizes(x) -> Iterator[Case]:
@@ -159,6 +165,9 @@ def _sized_resizes(x) -> Iterator[Case]:
     for policy in ("not_larger", "not_smaller"):
         attrs = {"axes": [2, 3], "keep_aspect_ratio_policy": policy, "mode": "linear"}
         yield Case("Resize", (x, None, None, ints(7, 5)), attrs, opset=18, note=policy)
+    tie = {"axes": [2, 3], "keep_aspect_ratio_policy": "not_larger", "mode": "linear"}
+    given = (floats(1, 2, 22, 11), None, None, ints(15, 99))  # 11 * 15 / 22 is 7.5
+    yield Case("Resize", given, tie, opset=18, note="half a pixel")
     last = floats(1, 5, 6, 2)
     channels_last = Fixed(np.array([1, 2, 3, 1], np.float32))
     yield Case("Resize", (last, None, channels_last), {"mode": "linear"}, note="channels last")

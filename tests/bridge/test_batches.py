@@ -1,6 +1,7 @@
 """Graphs that were written for one sample, given several."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ pytest.importorskip("torch", reason="the bridge needs PyTorch")
 
 import torch
 
-from onnxcomp.bridge import takes_batches, to_torch
+from onnxcomp.bridge import check_equal, takes_batches, to_torch
+from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.model import Model
 from onnxcomp.samples import Samples
 from tests.bridge.checks import converted, relative
@@ -117,3 +119,20 @@ def test_a_batch_of_two_that_was_written_down_stays() -> None:
     lines = "y = Reshape (h, pair)"
     model = model_of(lines.replace("pair", "halves"), "2,2,72", batch="2")
     assert not to_torch(model).one_sample
+
+
+@pytest.mark.parametrize("error", [RuntimeError("odd\nstrides"), MemoryError()], ids=repr)
+def test_a_sample_on_which_torch_fails_names_the_node(error, monkeypatch) -> None:
+    model = model_of(*FREE["rows"])
+    module = to_torch(model)
+    step = module._steps[0]
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "_steps", (replace(step, kernel=fail), *module._steps[1:]))
+    reason = str(error).split("\n")[0] or "MemoryError"
+    for check in (takes_batches, check_equal):
+        with pytest.raises(UnsupportedModelError) as caught:
+            check(module, model)
+        assert str(caught.value) == f"torch fails in node 'h': {reason}"

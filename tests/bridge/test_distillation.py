@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("torch", reason="the bridge needs PyTorch")
 
 import torch
+from scipy.special import log_softmax
 
 from onnxcomp.bridge import GraphModule, to_torch
 from onnxcomp.bridge import distillation as distillation_module
@@ -101,9 +102,9 @@ def test_the_loss_is_what_its_formula_says() -> None:
     ((name, target),) = given.targets.items()
     found = predict(model, given.samples)[name].astype(np.float64)
     wanted = np.mean((found - target) ** 2) / np.var(target.astype(np.float64))
-    scores = found - found.max(axis=1, keepdims=True)
-    logs = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
-    entropy = -np.mean(logs[np.arange(20), given.samples.labels])
+    logs, known = (log_softmax(a.astype(np.float64), axis=1) for a in (found, target))
+    place = np.arange(20), given.samples.labels
+    entropy = -np.mean((1 - np.exp(known[place])) * logs[place])
     for batch in (1, 7, 32):  # however the samples are cut
         plain = Objective(model, module, given, batch, None)
         labelled = Objective(model, module, given, batch, name)
@@ -117,7 +118,7 @@ def test_the_loss_is_what_its_formula_says() -> None:
 
 @pytest.mark.parametrize("lines", [FREE["flat"], MIXED["halves"]], ids=["free", "mixed"])
 def test_graphs_of_one_sample_have_the_same_loss_and_gradient(lines) -> None:
-    """Together where the graph takes it, else one by one: the mean is that of single runs."""
+    """Four together where the graph takes it, else one by one: the mean of single runs."""
     model = model_of(*lines)
     module, samples = to_torch(model), Samples({"x": floats(6, 3, 6, 6)})
     target = predict(model, samples)["y"]
@@ -127,7 +128,7 @@ def test_graphs_of_one_sample_have_the_same_loss_and_gradient(lines) -> None:
     wanted = np.mean((target - given.targets["y"]) ** 2, dtype=np.float64) / scale
     assert objective.of(module, given) == pytest.approx(wanted, rel=TIGHT)
     parts = list(objective.parts(module, given))
-    assert len(parts) == (1 if lines is FREE["flat"] else 6)
+    assert len(parts) == (2 if lines is FREE["flat"] else 6)
     assert sum(share for share, _ in parts) == pytest.approx(1)
     assert all(loss.requires_grad for _, loss in parts)
 
@@ -236,6 +237,54 @@ def test_going_on_from_a_state_gives_the_same_as_undisturbed(
     assert other.best_loss != whole.best_loss
 
 
+def test_states_are_made_seldom_and_at_the_end() -> None:
+    """Behind the first step, so that a folder that is full shows, and at the end."""
+    seen = []
+    for save_every_s in (60.0, 0.0):
+        found, _ = training()
+        states: list[State] = []
+        found.run(
+            late=lambda: False,
+            progress=lambda *_: None,
+            save=states.append,
+            save_every_s=save_every_s,
+        )
+        seen.append([state["step"] for state in states])
+    assert seen == [[1, 12], [*range(1, 13), 12]]
+
+
+def test_without_a_store_no_state_is_made(monkeypatch) -> None:
+    monkeypatch.setattr(Distillation, "state", None)
+    found, _ = training()
+    found.run(late=lambda: False, progress=lambda *_: None, save=None)
+    assert len(found.history) == 4
+
+
+@pytest.mark.parametrize("where", ["_advance", "_close_look"])
+def test_what_ends_within_a_step_leaves_the_state_before_it(where: str, monkeypatch) -> None:
+    whole, _ = training()
+    run(whole)
+    cut, _ = training()
+    method, count, states = getattr(Distillation, where), itertools.count(), []
+
+    def broken(self: Distillation) -> bool:
+        done = method(self)
+        if next(count) == 1:
+            raise KeyboardInterrupt
+        return done
+
+    options = {"late": lambda: False, "save": states.append, "save_every_s": 0.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(Distillation, where, broken)
+        with pytest.raises(KeyboardInterrupt):
+            cut.run(progress=lambda *_: None, **options)
+    again, _ = training()
+    again.restore(states[-1])
+    run(again)
+    assert again.history == whole.history
+    assert again.best_loss == whole.best_loss
+
+
 def test_a_late_end_judges_what_there_is_and_keeps_it_out_of_the_state() -> None:
     found, _ = training(Training(epochs=1, batch=2, learning_rate=3e-3))
     (*_, state) = run(found, late=after(8))
@@ -267,7 +316,35 @@ def test_it_ends_where_nothing_gets_better() -> None:
     found = distillation(module, objective, exact, exact, settings)
     run(found)
     assert found.ended == "no better hold-out loss at the last 3 looks"
-    assert len(found.history) < 10
+    assert len(found.history) < 45  # of 50
+
+
+def test_a_rate_that_harms_is_lowered_and_training_begins_again(monkeypatch) -> None:
+    harmful = Training(epochs=24, batch=8, learning_rate=0.1)
+    model = wide(classes=True)
+    module, given = to_torch(model), examples(model, 20)
+    near = {n: a + 0.05 * given.targets[n] for n, a in predict(model, given.samples).items()}
+    given = Examples(given.samples, near)
+
+    def trained() -> tuple[Distillation, GraphModule]:
+        module = to_torch(model)
+        objective = Objective(model, module, given, 8, None)
+        return distillation(module, objective, given, given, harmful), module
+
+    found, module = trained()
+    states = run(found)
+    rates = [epoch.learning_rate for epoch in found.history]
+    assert found.best_loss < 0.9 * found.before
+    assert max(rates[-8:]) < 0.1 / 3
+    again, other = trained()
+    again.restore(states[len(states) // 2])
+    run(again)
+    for one, same in zip(module.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, same)
+    monkeypatch.setattr(distillation_module, "_HARM", np.inf)
+    stubborn, _ = trained()
+    run(stubborn)
+    assert stubborn.best_loss > found.best_loss
 
 
 def test_zeros_of_kernels_stay_and_those_of_biases_do_not() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from onnxcomp import load
 from onnxcomp.analysis.probe import random_inputs
-from onnxcomp.bridge import inversion, to_torch
+from onnxcomp.bridge import GraphModule, inversion, to_torch
 from onnxcomp.bridge.inversion import inverted, records
 from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.model import Array, Model
@@ -203,6 +203,38 @@ def test_a_later_batch_that_fails_leaves_the_others(failing, monkeypatch):
             inverted(trained(plain), None)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_batch_on_which_torch_fails_leaves_those_before(error, failing, monkeypatch):
+    """Behind the forward pass, where no node can be named."""
+    monkeypatch.setattr(inversion, "_BATCHES", 2)
+    advance, count = inversion._Images.advance, iter(range(10**6))
+
+    def fail(self, step, network):
+        if next(count) == failing * inversion._STEPS:
+            raise error
+        return advance(self, step, network)
+
+    monkeypatch.setattr(inversion._Images, "advance", fail)
+    if failing:
+        assert inverted(trained(plain), None).count == 64
+    else:
+        monkeypatch.setattr(inversion, "_BATCHES", 1)
+        with pytest.raises(UnsupportedModelError, match=f"torch fails: {error.__name__}"):
+            inverted(trained(plain), None)
+
+
+def test_what_torch_computes_otherwise_is_refused(monkeypatch):
+    forward = GraphModule.forward
+
+    def off(self, feeds, outputs=None):
+        return {n: 1.001 * value for n, value in forward(self, feeds, outputs).items()}
+
+    monkeypatch.setattr(GraphModule, "forward", off)
+    with pytest.raises(UnsupportedModelError, match="torch is off onnxruntime"):
+        inverted(trained(plain), None)
+
+
 def without_batchnorm() -> Model:
     g = Graph(3, 8, 8)
     return g.model(g.conv("x", 3, 4))
@@ -244,7 +276,7 @@ def out_of_reach() -> Model:
     [
         (without_batchnorm, "no BatchNormalization"),
         (vectors, "'x' is no float array of rank 4"),
-        (one_image_in_a_shape, "torch fails on several images: shape"),
+        (one_image_in_a_shape, "onnxruntime cannot run the model"),
         (one_image, "one image at a time"),
         (out_of_reach, "divergence"),
     ],

@@ -75,8 +75,16 @@ def trained(
     module = to_torch(model)
     fit, held = examples(model, rows), examples(model, 7, seed=1)
     objective = Objective(model, module, fit, settings.batch)
+    mine = processes.share(held.samples.count)
     found = Distillation(
-        module, objective, Fixed(fit), objective, held, settings, processes=processes
+        module,
+        objective,
+        Fixed(fit),
+        objective,
+        held.take(mine),
+        settings,
+        processes=processes,
+        held_share=len(mine) / held.samples.count,
     )
     found.run(late=lambda: False, progress=progress, save=lambda _: None)
     return found

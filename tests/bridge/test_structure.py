@@ -65,6 +65,35 @@ def test_codebooks_stay_codebooks(optimizer: str, values: list[float]) -> None:
     assert all(moved)
 
 
+@pytest.mark.parametrize(("count", "shape"), [(16, (4, 4, 3, 3)), (64, (16, 12)), (4, (4, 3))])
+def test_codebooks_of_small_tensors_stay(count: int, shape) -> None:
+    array = coded([0.5 + v / 8 for v in range(count)], shape)
+    assert len(np.unique(array)) == count
+    assert same_groups(array, trained(array))
+    assert not same_groups(array, trained(array, kept=False))
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [(8, 4), (16, 32), (8, 1, 3, 3), (64, 64)])
+def test_dense_weights_are_no_codebooks(kind: str, shape) -> None:
+    """Though values recur where they have few bits; in bfloat16 each 1.8 times at most."""
+    dense = torch.from_numpy(np.random.default_rng(0).standard_normal(shape) / 8)
+    array = dense.to(getattr(torch, kind)).float().numpy()
+    assert np.array_equal(trained(array), trained(array, kept=False))
+
+
+def test_what_is_left_of_pruned_weights_shares_nothing() -> None:
+    """Nine in ten are zero, so that there are few values for the elements there are."""
+    rng = np.random.default_rng(0)
+    array = np.where(rng.random(SHAPE) < 0.9, 0, rng.standard_normal(SHAPE)).astype("f4")
+    weight = nn.Parameter(torch.from_numpy(array))
+    structure = Structure([weight])
+    weight.grad = torch.ones(SHAPE)
+    structure.restrict([weight])
+    assert np.array_equal(weight.grad.numpy(), (array != 0).astype(np.float32))
+    assert not structure._codebooks
+
+
 def test_a_value_has_the_mean_gradient_of_its_elements() -> None:
     array = coded([-1.0, 0.0, 2.0])
     weight = nn.Parameter(torch.from_numpy(array))
@@ -94,10 +123,12 @@ def test_zeros_stay_under_decay_and_momentum(optimizer: str) -> None:
     [
         np.zeros(64, np.float32),
         np.full((64, 1, 1), 0.25, np.float32),
-        coded([float(v) for v in range(1, 100)], (40, 40)),
+        coded([float(v) for v in range(1, 300)], (40, 40)),
+        coded([float(v) for v in range(1, 101)], (14, 14)),
+        np.where(np.eye(14) > 0, 1.0, np.arange(196).reshape(14, 14)).astype(np.float32),
         np.random.default_rng(0).standard_normal((40, 40)).astype(np.float32),
     ],
-    ids=["bias", "slope", "too many values", "dense"],
+    ids=["bias", "slope", "too many values", "hardly shared", "few alike", "dense"],
 )
 def test_what_is_neither_is_free(array: np.ndarray) -> None:
     assert np.array_equal(trained(array), trained(array, kept=False))

@@ -6,6 +6,8 @@ import pytest
 
 pytest.importorskip("torch", reason="images are inverted with PyTorch")
 
+import torch
+
 from onnxcomp.bridge import inversion
 from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.model import Model
@@ -78,6 +80,18 @@ def test_refusals_are_told(monkeypatch):
     monkeypatch.setattr(inversion, "inverted", refuse)
     assert "noise only, as the moon is full;" in run(trained(classes)).report.notes[0]
     assert "no BatchNormalization" in run(residual()).report.notes[0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of\nmemory"), MemoryError()], ids=repr)
+def test_where_torch_fails_noise_stays(error, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.Tensor, "backward", fail)
+    reason = str(error).split("\n")[0] or "MemoryError"
+    result = run(trained(classes))
+    assert f"noise only, as torch fails: {reason};" in result.report.notes[0]
+    assert result.met
 
 
 def test_what_does_not_need_them_does_not_wait_for_them(monkeypatch):

@@ -17,7 +17,8 @@ from onnxcomp.search import tuning
 from onnxcomp.search.run import Result, compress
 from onnxcomp.search.search import Search
 from onnxcomp.search.settings import Limits, Settings
-from onnxcomp.tune import TuneResult
+from onnxcomp.tune import TuneResult, Tuning
+from tests.analysis.channel_graphs import Graph
 from tests.search.searching import inputs, wide
 
 PLAIN = Settings(latency=False, grid="8", methods=("remove_channels",))
@@ -139,17 +140,100 @@ def test_a_file_that_became_too_large_is_not_kept(monkeypatch) -> None:
     assert found.model.digest == plain.model.digest
 
 
-@pytest.mark.parametrize("kind", [UnsupportedModelError, DataError])
-def test_what_cannot_be_tuned_stays_and_is_told(monkeypatch, kind) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UnsupportedModelError("torch fails in node 'a'"), "torch fails in node 'a'"),
+        (DataError("odd"), "odd"),
+        (RuntimeError("can't allocate\nmemory"), "can't allocate"),
+        (MemoryError(), "MemoryError"),
+        (IndexError("out of range"), "out of range"),
+        (TypeError("no float"), "no float"),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_tuned_stays_and_is_told(monkeypatch, error, reason: str) -> None:
     def refuse(*_: object, **__: object) -> TuneResult:
-        raise kind("the bridge to torch cannot express a node: LSTM 'a'")
+        raise error
 
     monkeypatch.setattr(tuning, "tune", refuse)
     plain, found = run(PLAIN, macs=0.5), run(macs=0.5)
     assert found.model.digest == plain.model.digest
-    assert "not tuned: the bridge to torch cannot express a node: LSTM 'a'" in (
-        found.report.notes
-    )
+    assert f"not tuned: {reason}" in found.report.notes
+
+
+def recurrent() -> Model:
+    g = Graph(8, 6, 6)
+    t = g.op("Relu", g.conv(g.op("Relu", g.conv("x", 8, 32)), 32, 16))
+    rows = g.op("Reshape", t, g.ints(36, 1, 16))
+    outputs = g.op("GRU", rows, g.w(1, 12, 16), g.w(1, 12, 4), hidden_size=4)
+    return g.model(g.op("Reshape", outputs, g.ints(1, 144)))
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_what_torch_cannot_express_is_refused_before_the_search(dry_run: bool) -> None:
+    proto = recurrent().to_proto()
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    model, seen = Model.from_proto(proto), []
+    options = {"limits": Limits(macs=0.5), "progress": lambda label, _: seen.append(label)}
+    with pytest.raises(UnsupportedModelError, match=r"tune: .* GRU '.*leave --tune out"):
+        compress(model, inputs(model, 8), settings=TUNED, dry_run=dry_run, **options)
+    assert set(seen) == {"prepare"}
+    compress(model, inputs(model, 8), settings=PLAIN, dry_run=True, **options)
+    assert "analyse" in seen
+
+
+@pytest.mark.parametrize(("after", "told"), [(0.1, "tuned for"), (0.2, "trained for")])
+def test_what_training_says_reaches_the_report(monkeypatch, after: float, told: str) -> None:
+    notes = ("the loss became NaN or infinite", "tuned weights failed a check ('y' differs)")
+    fake(monkeypatch, after=after, notes=notes)
+    found = run(macs=0.5).report.notes
+    assert {f"tune: {note}" for note in notes} < set(found)
+    (head,) = [note for note in found if note.startswith(told)]
+    assert head.endswith("epochs, nothing better was found") == (after == 0.2)
+
+
+def test_training_that_did_not_begin_is_told(monkeypatch) -> None:
+    fake(monkeypatch, before=None, after=None, notes=("the time limit was reached",))
+    found = run(macs=0.5).report.notes
+    assert {"not tuned", "tune: the time limit was reached"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("classes", "labels", "used"),
+    [
+        (True, np.arange(48) % 16, True),
+        (True, None, False),
+        (True, np.arange(48), False),  # of another task
+        (False, np.arange(48) % 16, False),
+    ],
+    ids=["classes", "none", "too many", "maps"],
+)
+def test_labels_that_are_classes_teach_too(monkeypatch, classes, labels, used) -> None:
+    seen = []
+
+    def tune(model: Model, _: Model, __: Samples, how: Tuning, **___: object) -> TuneResult:
+        seen.append((how.labels, how.memory))
+        return TuneResult(model, 0.2, 0.1, ())
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    model = wide(classes=classes)
+    data = Samples(inputs(model, 48), labels)
+    settings = replace(TUNED, memory=2e9)
+    found = compress(model, data, limits=Limits(macs=0.5), settings=settings)
+    assert seen == [(used, 2e9)]
+    assert any("learned from the labels too" in n for n in found.report.notes) is used
+
+
+def test_labels_are_learned_from() -> None:
+    model = wide(classes=True)
+    labels = np.arange(48) % 16
+    given = (Samples(inputs(model, 48), part) for part in (labels, None))
+    digests = {
+        compress(model, data, limits=Limits(macs=0.5), settings=TUNED).model.digest
+        for data in given
+    }
+    assert len(digests) == 2
 
 
 def test_codebooks_stay_codebooks() -> None:

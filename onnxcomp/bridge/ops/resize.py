@@ -131,7 +131,15 @@ def _resize(node: Node, opset: int) -> Kernel:
 
 def _scaled(x: Tensor, axis: int, scale: float) -> _Axis:
     size = x.shape[axis]
-    return _Axis(size, math.floor(size * scale), scale)
+    return _Axis(size, math.floor(_product(size, scale)), scale)
+
+
+def _product(size: int, scale: float) -> float:
+    """Return a scaled size in single precision, as onnxruntime does.
+
+    3 * float32(5 / 3) is 5 there, and below 5 in double precision.
+    """
+    return float(np.float32(size) * np.float32(scale))
 
 
 def _sized(
@@ -144,7 +152,8 @@ def _sized(
         return {a: _Axis(x.shape[a], size, scales[a]) for a, size in wanted.items()}
     pick = min if policy == "not_larger" else max
     scale = pick(scales.values())
-    return {a: _Axis(x.shape[a], math.floor(scale * x.shape[a] + 0.5), scale) for a in wanted}
+    rounded = {a: math.floor(_product(x.shape[a], scale) + 0.5) for a in wanted}
+    return {a: _Axis(x.shape[a], out, scale) for a, out in rounded.items()}
 
 
 def _cropped(
