@@ -322,6 +322,8 @@ class _Run:
                 candidate = self._original
             met, stored = self._settings.limits.without_judgement == Limits(), ()
             ladder, benchmark = self._validate(candidate), self._latency(candidate)
+        if stored:
+            self._notes.append("levels save bytes of the file, not time: sessions run floats")
         figures = Figures.of(Analysis(candidate, self._samples.fit), benchmark, 1)
         figures = replace(figures, file_bytes=self._search.size(candidate))
         self._refusals += without_codebook(candidate, self._settings.emit)
