@@ -51,6 +51,7 @@ _HEAD_BEGIN = _PREFIX.size + _DIGEST_BYTES
 _MAX_HEAD_BYTES = 64 * 2**20
 _EXPANSION = 4096  # decoded bytes of one byte in the file, so that constants cannot bomb
 _FREE_EXPANSION = 16 * 2**20
+_CHUNK = 2**16  # symbols that are looked up at a time
 _INLINE_BYTES = 64  # smaller tensors stay in the skeleton
 
 
@@ -258,7 +259,8 @@ class PackedFile:
             return from_bytes(first, dtype)
         codebook = self.head.codebooks[record.codebook]
         if codebook.size > NARROW:
-            first = from_escapes(first, *rest, record.detail)
+            low, high = rest
+            first = from_escapes(first, low, high, record.detail)
             return _look_up(codebook, first, 0)
         if record.kind == Kind.RUNS:
             first = from_runs(first, rest[0], record.detail, size)
@@ -291,4 +293,8 @@ def _look_up(codebook: Array, symbols: Array, shift: int) -> Array:
         raise InvalidModelError("a symbol of a tensor is not in its codebook")
     values = np.empty(shift + codebook.size, codebook.dtype)
     values[shift:] = codebook
-    return values[symbols]
+    found = np.empty(symbols.size, codebook.dtype)
+    for begin in range(0, symbols.size, _CHUNK):  # whose indices stay in the cache
+        part = slice(begin, begin + _CHUNK)
+        np.take(values, symbols[part], out=found[part], mode="clip")
+    return found

@@ -28,7 +28,8 @@ def test_grids_come_back_in_few_bytes(dtype, scale, levels):
     assert codebook is not None
     data = written(codebook)
     fields = FieldReader(data)
-    assert read_codebook(fields, codebook.dtype, codebook.nbytes).tobytes() == codebook.tobytes()
+    found = read_codebook(fields, codebook.dtype, codebook.nbytes)
+    assert found.tobytes() == codebook.tobytes()
     fields.end()
     if dtype is np.float32:
         assert len(data) <= 13 + 2 * codebook.size < 4 * codebook.size + 13
@@ -44,7 +45,8 @@ def test_any_values_come_back(dtype, count, seed):
     codebook = distinct((bits % 2 if dtype is np.bool_ else bits).view(dtype))
     assert codebook is not None
     fields = FieldReader(written(codebook))
-    assert read_codebook(fields, codebook.dtype, codebook.nbytes).tobytes() == codebook.tobytes()
+    found = read_codebook(fields, codebook.dtype, codebook.nbytes)
+    assert found.tobytes() == codebook.tobytes()
     fields.end()
 
 
