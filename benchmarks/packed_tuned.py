@@ -2,7 +2,7 @@
 
 Networks with their weights on few levels, as `packed` makes them, learn from their originals:
 zeros stay zero, and every level is one parameter.  ResNet-56 learns on all 50,000 training
-images with their labels, for half an hour on one thread, and is judged once on the 5,000 test
+images with their labels, for twenty minutes on one thread, and is judged once on the 5,000 test
 images.  The autoencoder, whose weights are all in dense layers, learns on the 512 samples that
 it was fitted on, and is judged by the mean squared error of what it reconstructs of new ones.
 """
@@ -28,8 +28,8 @@ from benchmarks.common import (
 )
 
 AUTOENCODER = "mlperftiny_ad01_autoencoder"
-SIZES = {packed.MODEL: (0.054, 0.04), AUTOENCODER: (0.12, 0.054, 0.025, 0.0175)}
-SECONDS = {packed.MODEL: 1800.0, AUTOENCODER: 120.0}
+SIZES = {AUTOENCODER: (0.12, 0.054, 0.025, 0.0175), packed.MODEL: (0.054, 0.04)}
+SECONDS = {AUTOENCODER: 120.0, packed.MODEL: 1200.0}
 QUICK_SECONDS = 15.0
 GOAL, GOAL_SIZE = 0.0, 0.0544
 _OVERTIME_S = 1200.0

@@ -40,7 +40,6 @@ _SCALED_ON = 128  # samples of which the variances of outputs are taken
 _EPOCHS = 20  # where nothing bounds them
 _MOST_EPOCHS = 1000  # that a time limit is filled with
 _FAR = 0.1  # squared change relative to the variance, from which blocks learn alone first
-_FILLED = 0.9  # share of the time left that is planned for
 
 
 @dataclass(frozen=True)
@@ -303,21 +302,28 @@ class _Run:
                 self._before = self._distillation.before
             box = deadline.share(1 / (len(phases) - index))
             given = max((self._tuning.epochs or _EPOCHS) // len(phases), 1)
-            self._distillation.plan(self._steps(self._distillation, store, box, given))
-            self._finish(self._distillation, store, deadline, progress)
+            self._distillation.steps = self._steps(self._distillation, store, box, given)
+            self._finish(self._distillation, store, deadline, box, progress)
             if self._processes.total(deadline.passed):
                 return
 
     def _finish(
-        self, phase: Distillation, store: Store, deadline: Deadline, progress: Progress
+        self,
+        phase: Distillation,
+        store: Store,
+        deadline: Deadline,
+        box: Deadline,
+        progress: Progress,
     ) -> None:
-        """Go through a phase, from where an earlier run left it."""
+        """Go through a phase, from where an earlier run left it, in a part of the time."""
         state = self._processes.from_first(store.get("tune", phase.phase))
         if state is not None:
             phase.restore(state)
         save = None if store.folder is None else partial(store.put, "tune", phase.phase)
+        boxed = self._tuning.epochs is None and not math.isinf(box.left)
+        left = (lambda: box.left) if boxed else None
         try:
-            phase.run(late=lambda: deadline.passed, progress=progress, save=save)
+            phase.run(late=lambda: deadline.passed, progress=progress, save=save, left=left)
         finally:
             phase.take_best()
             self._history += phase.history
@@ -363,6 +369,8 @@ class _Run:
         self, phase: Distillation, store: Store, deadline: Deadline, epochs: int
     ) -> int:
         """Return the steps of a phase: as given, of an earlier run, or what time holds."""
+        from onnxcomp.bridge.distillation import FILLED
+
         given = epochs * phase.per_epoch
         if self._tuning.epochs is not None:
             return given
@@ -370,7 +378,7 @@ class _Run:
         if kept is not None:
             return int(kept)
         if not math.isinf(deadline.left):
-            fitting = int(_FILLED * deadline.left / phase.step_seconds())
+            fitting = int(FILLED * deadline.left / phase.step_seconds())
             most = _MOST_EPOCHS * phase.per_epoch
             given = int(self._processes.from_first(min(max(fitting, 1), most)))
         store.put("steps", phase.phase, given)

@@ -28,6 +28,7 @@ State = dict[str, Any]
 
 _HARM = 1.1  # times the loss at first, from which training begins again at a lower rate
 _LOWER, _LEAST = 3.0, 0.05  # what divides the rate, and its least share of the given one
+FILLED = 0.95  # share of the time left that is planned for
 _LARGE = 0.2  # of the highest rate, above which looks do not tell that nothing gets better
 _LOOK_STEPS = 256  # behind which the weights are judged within a long pass
 
@@ -116,10 +117,6 @@ class Distillation:
         self.history: list[Epoch] = []
         self.ended = ""
 
-    def plan(self, steps: int) -> None:
-        """Train for so many steps."""
-        self.steps = steps
-
     def take_best(self) -> None:
         """Leave the module with its best weights, or those given."""
         with torch.no_grad():
@@ -134,17 +131,20 @@ class Distillation:
         progress: Callable[[str, float], None],
         save: Callable[[State], None] | None,
         save_every_s: float = 60.0,
+        left: Callable[[], float] | None = None,
     ) -> None:
         """Train until the epochs are over or nothing gets better.
 
         Args:
             late: Says whether the time is up; the weights of that moment are judged too.
+            left: Seconds that remain, to which steps are fitted; None where they are given.
             progress: Called with a label and the share of the steps that is done.
             save: Called with the state: behind the first step, once in a while, and at the
                 end, unless that comes within a step.
             save_every_s: Seconds between two states.
         """
         saved, whole, is_late = -math.inf, True, False
+        start, first = time.monotonic(), self._step
         try:
             progress(self._label(), self._step / self.steps)
             while self._step < self.steps and not self._is_stale():
@@ -158,6 +158,8 @@ class Distillation:
                     return
                 if self._step % self._per_look == 0 or self._step == self.steps:
                     self._close_look()
+                    if left is not None:
+                        self._fit_steps(left() / (time.monotonic() - start), first)
                 whole = True
                 if save is not None and time.monotonic() - saved > save_every_s:
                     save(self.state())
@@ -171,6 +173,18 @@ class Distillation:
             self.ended = "the time limit was reached"
         elif self._step < self.steps:
             self.ended = f"no better hold-out loss at the last {self._stale} looks"
+
+    def _fit_steps(self, more: float, first: int) -> None:
+        """Let the rate reach 0 when the time is up, however fast the machine is by now.
+
+        Args:
+            more: What is left of the time, in units of what the steps since `first` took.
+            first: Where this run began.
+        """
+        fitting = self._step + int(FILLED * more * (self._step - first))
+        if 2 * self._step > self.steps:  # its end is near: it may come sooner only
+            fitting = min(fitting, self.steps)
+        self.steps = int(self._processes.from_first(max(fitting, self._step)))
 
     def _is_stale(self) -> bool:
         return self._stale >= self._training.patience
@@ -278,6 +292,7 @@ class Distillation:
         }
         return {
             "step": self._step,
+            "steps": self.steps,
             "stale": self._stale,
             "begun": self._begun,
             "learning_rate": self._training.highest_rate,
@@ -309,7 +324,7 @@ class Distillation:
         self.best = None if best is None else [torch.from_numpy(a).to(device) for a in best]
         self.best_loss = state["best_loss"]
         self.history = [Epoch(*entry) for entry in state["history"]]
-        self._step, self._stale = state["step"], state["stale"]
+        self._step, self.steps, self._stale = state["step"], state["steps"], state["stale"]
         self._begun = state["begun"]
         self._training = replace(self._training, learning_rate=state["learning_rate"])
         self._running, self._seen = state["running"], state["seen"]

@@ -207,7 +207,7 @@ def test_long_passes_are_judged_on_the_way_and_may_end_within_one(monkeypatch) -
     monkeypatch.setattr(distillation_module, "_LOOK_STEPS", 2)
     found, _ = training(Training(epochs=2, batch=4, learning_rate=3e-3))
     assert found.per_epoch == 5
-    found.plan(7)
+    found.steps = 7
     run(found)
     assert [epoch.number for epoch in found.history] == [0.4, 0.8, 1.2, 1.4]
     assert found.best_loss == min(epoch.holdout_loss for epoch in found.history)
@@ -345,6 +345,21 @@ def test_a_rate_that_harms_is_lowered_and_training_begins_again(monkeypatch) -> 
     stubborn, _ = trained()
     run(stubborn)
     assert stubborn.best_loss > found.best_loss
+
+
+def test_steps_are_fitted_to_the_time_that_is_left() -> None:
+    settings = replace(QUICK, epochs=10)
+    short, _ = training(settings)
+    short.run(late=lambda: False, progress=lambda *_: None, save=None, left=lambda: 0.0)
+    assert len(short.history) == 1
+    assert short.steps == short.per_epoch
+    long, _ = training(settings)
+    states: list[State] = []
+    long.run(late=after(7), progress=lambda *_: None, save=states.append, left=lambda: 3600.0)
+    assert long.steps > 10 * long.per_epoch
+    again, _ = training(settings)
+    again.restore(states[-1])
+    assert again.steps == long.steps
 
 
 def test_zeros_of_kernels_stay_and_those_of_biases_do_not() -> None:
