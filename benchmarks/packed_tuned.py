@@ -2,9 +2,10 @@
 
 Networks with their weights on few levels, as `packed` makes them, learn from their originals:
 zeros stay zero, and every level is one parameter.  ResNet-56 learns on all 50,000 training
-images with their labels, for twenty minutes on one thread, and is judged once on the 5,000 test
-images.  The autoencoder, whose weights are all in dense layers, learns on the 512 samples that
-it was fitted on, and is judged by the mean squared error of what it reconstructs of new ones.
+images with their labels, for twenty minutes on one thread, and is judged once on the 5,000
+test images.  The autoencoder, whose weights are all in dense layers, learns on the 512 samples
+that it was fitted on, and is judged by the mean squared error of what it reconstructs of new
+ones.
 """
 
 from __future__ import annotations
