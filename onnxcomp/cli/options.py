@@ -77,7 +77,7 @@ TimeLimit = Annotated[
     typer.Option(
         parser=_parser(parse_duration),
         metavar="TIME",
-        help="Search so long, such as 10m, and keep the best.",
+        help="Work so long, such as 10m, and keep the best.",
     ),
 ]
 Resume = Annotated[

@@ -12,24 +12,14 @@ from rich.table import Table
 
 from onnxcomp import codec
 from onnxcomp.cli.compress import PACKED_SUFFIX
-from onnxcomp.cli.options import Memory, Preprocess, Quiet, Resume, Seed, Threads
+from onnxcomp.cli.options import Memory, Preprocess, Quiet, Resume, Seed, Threads, TimeLimit
 from onnxcomp.cli.output import complain, emit, inputs_of, stderr, warn
-from onnxcomp.errors import ParameterError
 from onnxcomp.loading import load, write_model
 from onnxcomp.opening import check_outputs, open_model
-from onnxcomp.recipe import parse_duration
 from onnxcomp.report.progress import ProgressView
 from onnxcomp.teaching import AUGMENTATIONS, check_signatures
 from onnxcomp.tune import BLOCKS, TuneResult, Tuning, check_torch
 from onnxcomp.tune import tune as tune_model
-
-
-def _duration(text: str) -> float:
-    try:
-        return parse_duration(text)
-    except ParameterError as error:
-        raise typer.BadParameter(str(error)) from error
-
 
 Teacher = Annotated[
     Path, typer.Option("--teacher", metavar="PATH", help="The original to learn from.")
@@ -55,12 +45,6 @@ Augment = Annotated[
 Optimizer = Annotated[str, typer.Option(metavar="adamw|sgd", help="What takes the steps.")]
 Rate = Annotated[
     float | None, typer.Option(metavar="X", help="The highest [1e-4; with sgd 1e-3].")
-]
-TimeLimit = Annotated[
-    float | None,
-    typer.Option(
-        parser=_duration, metavar="TIME", help="Train so long, such as 10m, and keep the best."
-    ),
 ]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where torch computes.")]
 
