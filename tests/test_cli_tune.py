@@ -134,12 +134,6 @@ def test_flags_mean_what_they_say(here, files, monkeypatch) -> None:
     assert seen[1] == wanted
 
 
-def test_the_help_is_of_training() -> None:
-    found = call("tune", "--help").stdout
-    assert "Train so long" in found
-    assert "Search" not in found
-
-
 def test_an_interrupt_ends_with_130_and_the_best(here, files, monkeypatch) -> None:
     fake(monkeypatch, interrupted=True, notes=("interrupted; this is the best so far",))
     out = here / "a.onnx"
