@@ -36,6 +36,7 @@ OTHER = Settings(
     solver_seconds=5.0,
     time_limit=600.0,
     tune=True,
+    device="cuda",
     emit="codebook",
     latency=False,
     force=True,

@@ -13,6 +13,7 @@ from onnxcomp import codec
 from onnxcomp.analysis import Analysis
 from onnxcomp.cli.options import (
     Data,
+    Device,
     DryRun,
     Emit,
     Exclude,
@@ -76,6 +77,7 @@ def compress(
     target: Target = None,
     grid: Grid = None,
     tune: Tune = False,
+    device: Device = None,
     emitted: Emit = None,
     time_limit: TimeLimit = None,
     resume: Resume = None,
@@ -90,12 +92,11 @@ def compress(
 ) -> None:
     """Make a model smaller and faster after training, within limits.
 
-    A limit is a share (0.5, 50%) or absolute (20M, 1.5MB).  Limits on drop or drift ask for
-    the fastest model within them, limits on costs for the most accurate one.  The best model
-    so far is in OUT at any time; the recipe is written beside it.
+    Limits are shares (0.5, 50%) or absolute (20M, 1.5MB); on drop or drift they ask for the
+    fastest model, on costs for the most accurate.  The best so far is in OUT at any time.
     """
     flags: dict[str, Any] = {"exclude": exclude, "target": target, "grid": grid}
-    flags |= {"memory": memory, "seed": seed, "threads": threads}
+    flags |= {"device": device, "memory": memory, "seed": seed, "threads": threads}
     flags |= {
         "limits": Limits(max_macs, max_params, max_size, max_latency, max_drop, max_drift),
         "methods": None if methods is None else tuple(methods.split(",")),

@@ -72,6 +72,9 @@ MaxDrift = Annotated[
 Tune = Annotated[
     bool, typer.Option("--tune", help="Train the result on --data at the end; needs PyTorch.")
 ]
+Device = Annotated[
+    str | None, typer.Option(metavar="cpu|cuda", help="Where torch computes [cpu].")
+]
 TimeLimit = Annotated[
     float | None,
     typer.Option(

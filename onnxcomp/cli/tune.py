@@ -12,7 +12,16 @@ from rich.table import Table
 
 from onnxcomp import codec
 from onnxcomp.cli.compress import PACKED_SUFFIX
-from onnxcomp.cli.options import Memory, Preprocess, Quiet, Resume, Seed, Threads, TimeLimit
+from onnxcomp.cli.options import (
+    Device,
+    Memory,
+    Preprocess,
+    Quiet,
+    Resume,
+    Seed,
+    Threads,
+    TimeLimit,
+)
 from onnxcomp.cli.output import complain, emit, inputs_of, stderr, warn
 from onnxcomp.loading import load, write_model
 from onnxcomp.opening import check_outputs, open_model
@@ -46,7 +55,6 @@ Optimizer = Annotated[str, typer.Option(metavar="adamw|sgd", help="What takes th
 Rate = Annotated[
     float | None, typer.Option(metavar="X", help="The highest [1e-4; with sgd 1e-3].")
 ]
-Device = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where torch computes.")]
 
 
 def tune(
@@ -61,7 +69,7 @@ def tune(
     augment: Augment = "light",
     optimizer: Optimizer = "adamw",
     learning_rate: Rate = None,
-    device: Device = "cpu",
+    device: Device = None,
     time_limit: TimeLimit = None,
     resume: Resume = None,
     memory: Memory = None,
@@ -82,7 +90,7 @@ def tune(
         augment=augment,
         optimizer=optimizer,
         learning_rate=learning_rate,
-        device=device,
+        device=device or "cpu",
         memory=memory or Tuning.memory,
         seed=seed or 0,
         threads=threads or 1,

@@ -140,7 +140,7 @@ class _Run:
         self._seconds: dict[str, float] = {}
         self._samples = assign_samples(model, data, settings, self._notes)
         if settings.tune:
-            check_tuning(self._samples.given)
+            check_tuning(self._samples.given, settings.device)
         if metric is None and settings.limits.drop is not None:
             metric = load_metric("agreement" if self._samples.labels is None else "top1")
         self._metric = metric

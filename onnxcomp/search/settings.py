@@ -114,6 +114,7 @@ class Settings:
             plans are tried.  None ends the search when it has done what it does by itself.
         tune: Let the result learn from the original, in half of the time limit or five
             minutes; needs samples and torch.
+        device: Where it learns: "cpu" or "cuda".
         emit: Form of the written file: "onnx", "onnxc" (packed; a limit on the size counts
             that file, and weights take few values for it) or "codebook" (plain ONNX with
             indices of a byte or half of one for weights).
@@ -134,6 +135,7 @@ class Settings:
     solver_seconds: float = 20.0
     time_limit: float | None = None
     tune: bool = False
+    device: str = "cpu"
     emit: str = "onnx"
     latency: bool = True
     force: bool = False

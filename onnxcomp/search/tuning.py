@@ -24,13 +24,16 @@ SEARCH_SHARE = 0.5  # of a time limit, when the rest is for tuning
 _SECONDS = 300.0  # without one
 
 
-def check_tuning(given: Samples | None) -> None:
+def check_tuning(given: Samples | None, device: str) -> None:
     """Raise what keeps `--tune` from working, before work is done for it.
 
     Raises:
-        ParameterError: There is no torch, or fewer than two samples.
+        ParameterError: There is no torch, no such device, or fewer than two samples.
     """
     check_torch()
+    from onnxcomp.bridge.training import check_device
+
+    check_device(device)
     if given is None or given.count < 2:
         raise ParameterError(
             "tune: needs at least two real samples; give them with --data, or leave --tune out"
@@ -76,7 +79,7 @@ def tuned(
         original: The vendor's model.
         parts: The user's samples to fit on and those to judge by, as the search has them;
             labels are learned from where they are classes of the model's.
-        settings: Seed, threads, memory.
+        settings: Seed, threads, memory, device.
         limits: Those on drop and drift are judged again.
         fits: Whether a model is within those on costs: a packed file may become larger.
         judge: Looks at the result on the hold-out.
@@ -116,8 +119,8 @@ def tuned(
 
 def _tuning(settings: Settings, *, labels: bool) -> Tuning:
     """Return how a search trains its result."""
-    threads, memory = settings.threads, settings.memory
-    return Tuning(labels=labels, seed=settings.seed, threads=threads, memory=memory)
+    shared = ("device", "memory", "seed", "threads")
+    return Tuning(labels=labels, **{name: getattr(settings, name) for name in shared})
 
 
 def _fit_labels(model: Model, parts: Sequence[Samples]) -> bool:

@@ -278,6 +278,21 @@ def test_samples_and_torch_must_be_there(monkeypatch) -> None:
         run(macs=0.5)
 
 
+def test_the_device_is_checked_first_and_used(monkeypatch) -> None:
+    with pytest.raises(ParameterError, match="'device' must be one of cpu, cuda"):
+        run(replace(TUNED, device="tpu"), macs=0.5)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    seen: list[Tuning] = []
+
+    def tune(model: Model, _: Model, __: Samples, how: Tuning, **___: object) -> TuneResult:
+        seen.append(how)
+        return TuneResult(model, 0.1, 0.1, ())
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    run(replace(TUNED, device="cuda", memory=5e8), macs=0.5)
+    assert [(how.device, how.memory) for how in seen] == [("cuda", 5e8)]
+
+
 def test_the_recipe_says_it(tmp_path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(TUNED, provenance={}))
