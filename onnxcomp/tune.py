@@ -38,7 +38,6 @@ BLOCKS = ("added", "auto", "first", "off")
 _LOOKED_AT = 16  # samples on which model and teacher are matched, and ends are scaled
 _SCALED_ON = 128  # samples of which the variances of outputs are taken
 _EPOCHS = 20  # where nothing bounds them
-_MOST_EPOCHS = 1000  # that a time limit is filled with
 _FAR = 0.1  # squared change relative to the variance, from which blocks learn alone first
 
 
@@ -320,8 +319,8 @@ class _Run:
         if state is not None:
             phase.restore(state)
         save = None if store.folder is None else partial(store.put, "tune", phase.phase)
-        boxed = self._tuning.epochs is None and not math.isinf(box.left)
-        left = (lambda: box.left) if boxed else None
+        fitted = self._tuning.epochs is None and state is None and not math.isinf(box.left)
+        left = (lambda: box.left) if fitted else None
         try:
             phase.run(late=lambda: deadline.passed, progress=progress, save=save, left=left)
         finally:
@@ -369,7 +368,7 @@ class _Run:
         self, phase: Distillation, store: Store, deadline: Deadline, epochs: int
     ) -> int:
         """Return the steps of a phase: as given, of an earlier run, or what time holds."""
-        from onnxcomp.bridge.distillation import FILLED
+        from onnxcomp.bridge.distillation import FILLED, MOST_EPOCHS
 
         given = epochs * phase.per_epoch
         if self._tuning.epochs is not None:
@@ -379,7 +378,7 @@ class _Run:
             return int(kept)
         if not math.isinf(deadline.left):
             fitting = int(FILLED * deadline.left / phase.step_seconds())
-            most = _MOST_EPOCHS * phase.per_epoch
+            most = MOST_EPOCHS * phase.per_epoch
             given = int(self._processes.from_first(min(max(fitting, 1), most)))
         store.put("steps", phase.phase, given)
         return given

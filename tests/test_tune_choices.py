@@ -1,7 +1,5 @@
 """`tune` by its choices: structure that is kept, blocks, epochs, optimizers."""
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -11,8 +9,6 @@ from onnxcomp.model import Model
 from tests.analysis.channel_graphs import Graph
 from tests.search.cases import residual
 from tests.test_tune import GAIN, QUICK, noisy, tuned
-
-module = sys.modules["onnxcomp.tune"]  # the package's attribute is the function
 
 
 def test_codebooks_stay_codebooks() -> None:
@@ -83,7 +79,8 @@ def test_a_run_of_blocks_first_goes_on_in_either_phase(tmp_path) -> None:
 
 
 def test_a_time_limit_is_filled_with_epochs(monkeypatch) -> None:
-    monkeypatch.setattr(module, "_FILLED", 0.3)  # so that it ends by itself on a busy machine
+    # so that it ends by itself on a busy machine
+    monkeypatch.setattr("onnxcomp.bridge.distillation.FILLED", 0.3)
     teacher = residual()
     student = noisy(teacher)
     result = tuned(student, teacher, epochs=None, time_limit=8.0)

@@ -29,6 +29,7 @@ State = dict[str, Any]
 _HARM = 1.1  # times the loss at first, from which training begins again at a lower rate
 _LOWER, _LEAST = 3.0, 0.05  # what divides the rate, and its least share of the given one
 FILLED = 0.95  # share of the time left that is planned for
+MOST_EPOCHS = 1000  # that a time limit is filled with
 _LARGE = 0.2  # of the highest rate, above which looks do not tell that nothing gets better
 _LOOK_STEPS = 256  # behind which the weights are judged within a long pass
 
@@ -182,6 +183,7 @@ class Distillation:
             first: Where this run began.
         """
         fitting = self._step + int(FILLED * more * (self._step - first))
+        fitting = min(fitting, MOST_EPOCHS * self.per_epoch)
         if 2 * self._step > self.steps:  # its end is near: it may come sooner only
             fitting = min(fitting, self.steps)
         self.steps = int(self._processes.from_first(max(fitting, self._step)))

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 _LIST, _GRID = 0, 1
 _MAX_LEVEL = 2**15
-_TRIED_STEPS = 8
+_TRIED_STEPS = 64  # that the least gap may have
 
 
 def write_codebook(codebook: Array, fields: FieldWriter) -> None:
