@@ -31,6 +31,7 @@ NAMES = (
     "sessions",
     "shared_tensors",
     "storage",
+    "storage_speed",
     "tune",
     "zoo",
 )

@@ -61,7 +61,7 @@ def write(*, source: str, folder: str) -> dict[str, Any]:
     for name, array in list(draft.weights.items()):
         step = _LEVEL * float(array.std())
         levels = np.clip(np.rint(array / step), -_LARGEST, _LARGEST)
-        draft.set_weight(name, (levels * step).astype(np.float32))
+        draft.set_weight(name, (levels * step + 0.0).astype(np.float32))  # no -0
     model = draft.seal(by="sessions")
     files = {}
     for file in FILES:

@@ -26,6 +26,8 @@ Uint8 = npt.NDArray[np.uint8]
 
 CABAC_PYTHON = "NNCODEC_PYTHON"
 """Environment variable that names the Python in which `nncodec` is installed."""
+BYTE_CODERS = ("xz -9e", "zstd -19", "brotli -11")
+"""Those of `general_coders` that take any file; the others take numbers."""
 _GAP = 15  # zeros that one symbol of Deep Compression's format skips
 
 

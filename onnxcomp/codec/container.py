@@ -81,7 +81,7 @@ def packed(model: Model, profile: Profile) -> list[bytes]:
 
 def _packed(skeleton: onnx.ModelProto, plan: Plan, decoded: int) -> list[bytes]:
     tables = Tables(plan.codes, plan.models, plan.layouts)
-    payload = _coded(plan, tables)
+    payload = coded(plan, tables)
     found = [Segment(len(part), zlib.crc32(part)) for part in payload]
     head = Head(skeleton, tables, plan.codebooks, plan.records, found).to_bytes()
     if len(head) > _MAX_HEAD_BYTES:
@@ -115,7 +115,7 @@ def check_readable(pieces: Sequence[bytes]) -> None:
             )
 
 
-def _coded(plan: Plan, tables: Tables) -> list[bytes]:
+def coded(plan: Plan, tables: Tables) -> list[bytes]:
     """Return the segments of all streams."""
     coded: list[bytes] = []
     for coder_id, coder in CODERS.items():

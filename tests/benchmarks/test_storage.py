@@ -40,18 +40,33 @@ def test_sizes_of_a_network(shared, tmp_path, monkeypatch):
     coded = {name: size for name, size in ranks.items() if size and name != "entropy"}
     assert min(coded, key=lambda name: coded[name]) == "max"
     assert files["max"] <= files["balanced"] <= files["fast"] < files["float"] / 4
+    assert ranks["fast"] < files["fast"]
+    assert row["large"] == []
     for table in (storage._ranks_table([row]), storage._files_table([row])):
         assert all(len(line) == len(table.columns) for line in table.rows)
+
+
+def test_large_tensors_come_near_their_entropy():
+    """Also the companion: a tensor of a few hundred weights pays for its table."""
+    rng = np.random.default_rng(3)
+    for shape, near in (((400, 400), True), ((4, 90), False)):
+        levels = np.rint(rng.laplace(size=shape) * 2).astype(np.int32)
+        tensor = Ranks.of(levels.astype(np.float32))  # no negative zero
+        size = storage.coded_bytes([tensor.weights], storage.PROFILES[0])
+        ratio = size / storage_peers.entropy_bytes([tensor])
+        assert (1 <= ratio <= storage.NEAR_ENTROPY) == near
 
 
 def test_goals_are_missed_where_the_peer_is_smaller():
     files = {"HAM": 10.0, "sHAM": 9.0, "fast": 9.5, "balanced": 8.0, "max": 7.0}
     ranks = {"max": 101.0, "DeepCABAC": 100.0}
-    row = {"network": storage.MODELS[0], "ranks": ranks, "files": files}
+    large = [(102, 100.0), (101, 100.0)]
+    row = {"network": storage.MODELS[0], "ranks": ranks, "files": files, "large": large}
     notes = storage._goals([row])
     assert "smaller in 0 of 1, mean 1.0 %" in notes[0]
     assert "fast: file under HAM's and sHAM's in 0 of 1" in notes
     assert "max: file under HAM's and sHAM's in 1 of 1" in notes
+    assert "in 1 of 2 tensors" in notes[-1]
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 1.0])
