@@ -174,19 +174,24 @@ class Units:
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss over the share c of a layer's cost that goes: a exp(b c), about 1 at c = 1."""
+    """Loss over the share c of a layer's cost that goes: a exp(b c), about 1 at c = 1.
 
-    a: float
+    Attributes:
+        log_a: Logarithm of a, which itself is too small for a float where b is large.
+        b: Growth.
+    """
+
+    log_a: float
     b: float
 
     @property
     def start(self) -> float:
         """Logarithm of the slope at c = 0."""
-        return math.log(self.a) + math.log(self.b)
+        return self.log_a + math.log(self.b)
 
     def loss(self, rate: float) -> float:
         """Return the loss at a share."""
-        return self.a * math.exp(self.b * rate)
+        return math.exp(self.log_a + self.b * rate)
 
     def rate(self, log_slope: float) -> float:
         """Return the share at which the curve has a slope, between 0 and `MOST`."""
@@ -241,7 +246,7 @@ def _fitted(points: Array) -> Curve | None:
     if not spread > 0:
         return None
     b = float(share @ ((rates - x) * (logs - y)) / spread)
-    return Curve(math.exp(y - b * x), b) if b > 0 else None
+    return Curve(float(y - b * x), b) if b > 0 else None
 
 
 def solve_rates(

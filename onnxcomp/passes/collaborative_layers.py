@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from onnxcomp.analysis.channels import ChannelGroup
+from onnxcomp.analysis.channels import ChannelGroup, Reader
 from onnxcomp.analysis.linear import Linear
+from onnxcomp.analysis.target import Convolution, Target
 from onnxcomp.model import Array
 from onnxcomp.numerics.collaborative import (
     MOST,
@@ -114,7 +115,7 @@ class Layers:
         known = [layer.whole for layer in self.members.values() if layer.curve is not None]
         return (1 - 1e-9) * MOST * sum(known) / max(self.whole, 1e-30)
 
-    def at(self, rate: float) -> dict[str, Kept]:
+    def at(self, rate: float, *, timely: bool = False) -> dict[str, Kept]:
         """Return what stays of every layer that changes.
 
         With `reconstruct`, a layer stays in one part where its readers leave it so few outputs
@@ -122,6 +123,8 @@ class Layers:
 
         Args:
             rate: Share of the whole network's cost that goes.
+            timely: A layer reads all that is left of its input where selecting channels is not
+                predicted to save time, as with costs in seconds in any case.
 
         Raises:
             LimitError: The layers cannot lose so much.
@@ -139,6 +142,8 @@ class Layers:
         }
         if self._settings.reconstruct:
             found = self._without_waste(found)
+        if timely or self._settings.cost == "seconds":
+            found = self._without_slow_selections(found)
         return {node: kept for node, kept in found.items() if kept != Kept()}
 
     def cut(self, kept: Mapping[str, Kept]) -> dict[str, Index]:
@@ -167,7 +172,7 @@ class Layers:
 
     def refusals(self, changed: Collection[str]) -> tuple[Refusal, ...]:
         """Return why all other nodes stay as they are."""
-        why = "no unit of it goes at the common slope of all curves"
+        why = "no unit of it goes at the common slope of all curves, or none that pays"
         whys = dict.fromkeys(self.members.keys() - set(changed), why) | self._whys
         return tuple(Refusal(node, whys[node]) for node in sorted(whys))
 
@@ -187,35 +192,53 @@ class Layers:
         return Layer(linear, cost, curve, Removal(weight, importance, self._settings.gamma))
 
     def _layer_cost(self, linear: Linear, own: bool, channels: int, rank: int | None) -> float:
-        """Return what a layer costs; in seconds, an index selection counts like a Slice."""
+        """Return what a layer costs, in seconds with its index selection."""
         if not channels or rank == 0:
             return 0.0
         cost = self._cost(linear, linear.out_channels, channels, rank)
         if self._settings.cost == "seconds" and channels < linear.in_channels and not own:
-            elements = channels * linear.convolution.in_positions
-            cost += self._settings.target.element_seconds("Slice", elements)
+            cost += selection_seconds(self._settings.target, linear, channels)
         return cost
 
     def _cost(self, linear: Linear, outputs: int, channels: int, rank: int | None) -> float:
-        shape = kernel_shape4(linear, outputs, channels)
-        shapes = (shape,) if rank is None else FORMS[FORM].shapes(shape, rank)
-        steps = convolutions(linear, FORM, shapes)
+        steps = _steps(linear, outputs, channels, rank)
         if self._settings.cost == "macs":
             return float(sum(step.macs for step in steps))
         return self._settings.target.chain_seconds(steps)
 
     def _without_waste(self, kept: Mapping[str, Kept]) -> dict[str, Kept]:
         """Return what stays, in one part where two are not cheaper at the outputs left."""
-        channels, found = self._facts.channels, {}
-        stays = channels.keeping(self.cut(kept))
+        removed, found = self.cut(kept), {}
         for node, each in kept.items():
             linear = self.members[node].linear
-            ids = channels.axis_ids(linear.y, linear.y_axis)
-            outputs = linear.out_channels if ids is None else int(stays[ids].sum())
+            outputs = self._outputs(linear, removed)
             width = linear.in_channels - len(each.dropped)
             two, one = (self._cost(linear, outputs, width, r) for r in (each.rank, None))
             found[node] = each if two < one else Kept(each.dropped)
         return found
+
+    def _without_slow_selections(self, kept: Mapping[str, Kept]) -> dict[str, Kept]:
+        """Return what stays, all that is left of an input where selecting saves no time."""
+        target, removed, found = self._settings.target, self.cut(kept), {}
+        for node, places in self.places(kept, removed).items():
+            linear, each = self.members[node].linear, kept[node]
+            outputs = self._outputs(linear, removed)
+            widths = len(places["kept"]), len(places["read"])
+            part, whole = (
+                target.chain_seconds(_steps(linear, outputs, width, each.rank))
+                for width in widths
+            )
+            if whole <= part + selection_seconds(target, linear, widths[0]):
+                read = set(places["read"].tolist())
+                each = Kept(tuple(c for c in each.dropped if c not in read), each.rank)
+            found[node] = each
+        return found
+
+    def _outputs(self, linear: Linear, removed: Mapping[str, Index]) -> int:
+        """Return the output channels of a node that are left."""
+        channels = self._facts.channels
+        width = channels.width(linear.y, linear.y_axis, channels.keeping(removed))
+        return linear.out_channels if width is None else width
 
     def _own_input(self, linear: Linear) -> bool:
         """Whether nothing else reads the layer's input, so that producers follow it."""
@@ -241,19 +264,48 @@ def dropped_by_all(
 ) -> dict[str, Index]:
     """Return the channels of each group that none of its readers keeps.
 
+    One channel of a group has to stay; where none is kept, the one that went last of all.
+
     Args:
         groups: Channel groups.
-        dropped: Positions of a node's input that it does not read, by node.
+        dropped: Positions of a node's input that it does not read, by node, as they went.
     """
     found = {}
     for group in groups:
-        if group.pinned is None and all(reader.node in dropped for reader in group.readers):
-            gone = np.ones(group.size, bool)
-            for reader in group.readers:
-                gone &= np.isin(reader.index, dropped[reader.node]).all(axis=1)
-            if group.readers and gone.any():
+        readers = group.readers
+        if group.pinned is None and readers and all(r.node in dropped for r in readers):
+            when = np.sum([_when(reader, dropped[reader.node]) for reader in readers], axis=0)
+            gone = np.isfinite(when)
+            if gone.all():
+                gone[np.argmax(when)] = False
+            if gone.any():
                 found[group.name] = np.flatnonzero(gone)
     return found
+
+
+def _when(reader: Reader, dropped: Sequence[int] | Index) -> npt.NDArray[np.float64]:
+    """Return at which place all of each channel was gone from a reader; never is infinity."""
+    places = np.full(1 + max([reader.index.max(), *dropped]), np.inf)
+    places[np.asarray(dropped, np.int64)] = np.arange(len(dropped))
+    return np.asarray(places[reader.index].max(axis=1))
+
+
+def selection_seconds(target: Target, linear: Linear, channels: int) -> float:
+    """Return the predicted seconds of an index selection in front of a node, like a Slice's.
+
+    Args:
+        target: Profile of the latency model.
+        linear: The node.
+        channels: Channels that it reads.
+    """
+    return target.element_seconds("Slice", channels * linear.convolution.in_positions)
+
+
+def _steps(linear: Linear, outputs: int, channels: int, rank: int | None) -> list[Convolution]:
+    """Return what a layer becomes, in two parts of a rank or (None) one."""
+    shape = kernel_shape4(linear, outputs, channels)
+    shapes = (shape,) if rank is None else FORMS[FORM].shapes(shape, rank)
+    return convolutions(linear, FORM, shapes)
 
 
 def _units(linear: Linear, array: Array) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from onnxcomp.numerics.factorization import compose
 from onnxcomp.numerics.selection import Elimination
 from onnxcomp.passes.base import Arrays, Option, Proposal, Refusal
 from onnxcomp.passes.chains import to_plane
-from onnxcomp.passes.collaborative_layers import FORM, Layers
+from onnxcomp.passes.collaborative_layers import FORM, Layers, selection_seconds
 from onnxcomp.passes.compress_collaboratively import (
     CompressCollaboratively,
     original_factors,
@@ -41,6 +41,9 @@ from onnxcomp.search.working import finish, prepare, working_model
 
 _ROUNDS = 12  # of bisection for the rate whose plan uses the limits up
 _BATCH = 32
+_INDEX_BYTES = 8
+_GATHER_BYTES = 107  # of the node and its index, names of the layer apart
+_GATHER_NAMES = 5  # that derive from the layer's
 _TOO_MUCH = "the limits ask for more than collaborative compression can remove"
 Index = npt.NDArray[np.int64]
 
@@ -61,14 +64,25 @@ class _Selection(Side):
 
 
 class _Space(Space):
-    """The space in which some nodes read a selection of their input channels."""
+    """The space of one plan, in which some nodes read a selection of their input channels.
+
+    Args:
+        like: The space of all plans.
+        proposal: Widths of the groups.
+        places: Which input channels of a node are left, and which it reads.
+    """
 
     def __init__(
-        self, facts: Analysis, proposal: Proposal, read: Mapping[str, Index], like: Space
+        self, like: Space, proposal: Proposal, places: Mapping[str, Mapping[str, Index]]
     ) -> None:
-        super().__init__(facts, [proposal], like.target)
+        super().__init__(like.facts, [proposal], like.target)
         self.excluded = like.excluded
-        self._read = read
+        self._read = {node: each["kept"] for node, each in places.items()}
+        self._selections = [
+            (self.facts.linears[node], len(each["kept"]))
+            for node, each in places.items()
+            if len(each["kept"]) < len(each["read"])
+        ]
 
     def input_side(self, linear: Linear) -> Side:
         """Return the input channels of a linear node."""
@@ -86,6 +100,21 @@ class _Space(Space):
                 size = unread * self.output_side(linear).width(widths) * linear.spatial
                 found -= Cost(size, 0, size * linear.dtype.itemsize)
         return found
+
+    def seconds(self, widths: Widths, forms: Mapping[str, Option]) -> float:
+        """Return the predicted seconds of all that a plan may change."""
+        found = super().seconds(widths, forms)
+        return found + sum(
+            selection_seconds(self.target, linear, count) for linear, count in self._selections
+        )
+
+    def file_bytes(self, cost: Cost, forms: Mapping[str, Option]) -> int:
+        """Return the predicted size of the file."""
+        found = super().file_bytes(cost, forms)
+        return found + sum(
+            _INDEX_BYTES * count + _GATHER_BYTES + _GATHER_NAMES * len(linear.id)
+            for linear, count in self._selections
+        )
 
 
 @dataclass(frozen=True)
@@ -111,21 +140,32 @@ class CollaborativePlan(Plan):
 
 
 def plan_at(
-    rate: float, layers: Layers, space: Space, pass_: CompressCollaboratively
+    rate: float,
+    layers: Layers,
+    space: Space,
+    pass_: CompressCollaboratively,
+    *,
+    timely: bool = False,
 ) -> CollaborativePlan:
     """Return the plan by which layers lose a share of the network's cost.
+
+    Args:
+        rate: The share.
+        layers: The layers.
+        space: The space of all plans.
+        pass_: How units are chosen.
+        timely: Index selections that save no time are left out whatever the cost is.
 
     Raises:
         LimitError: They cannot lose so much.
     """
-    facts, kept = space.facts, layers.at(rate)
+    facts, kept = space.facts, layers.at(rate, timely=timely)
     removed = layers.cut(kept)
     places = layers.places(kept, removed)
     sizes = {group.name: group.size for group in facts.channels.groups}
     widths = {name: sizes[name] - len(gone) for name, gone in removed.items()}
     narrowed = [Option(RemoveChannels.name, name, "", (w,)) for name, w in widths.items()]
-    read = {node: each["kept"] for node, each in places.items()}
-    own = _Space(facts, Proposal(tuple(narrowed)), read, space)
+    own = _Space(space, Proposal(tuple(narrowed)), places)
     forms = {
         node: Option(Factorize.name, node, FORM, (each.rank,))
         for node, each in kept.items()
@@ -219,11 +259,17 @@ class CollaborativeSearch(Search):
         """No losses: nothing is measured alone."""
         return Losses({}, {}, {})
 
-    @property
-    def refusals(self) -> tuple[Refusal, ...]:
-        """Why nodes are no layers of the method, once gradients were computed."""
-        known = "_layers" in vars(self)
-        return self._layers.refusals(self._layers.members) if known else ()
+    def refusals(self, plan: Plan) -> tuple[Refusal, ...]:
+        """Return why a plan leaves nodes alone, once gradients were computed."""
+        if "_layers" not in vars(self):
+            return ()
+        changed = plan.kept if isinstance(plan, CollaborativePlan) else self._layers.members
+        return self._layers.refusals(changed)
+
+    def file_bytes(self, plan: Plan) -> int:
+        """Return the predicted size of the file that a plan makes."""
+        space = plan.space if isinstance(plan, CollaborativePlan) else self.space
+        return space.file_bytes(plan.cost, plan.forms)
 
     @cached_property
     def _layers(self) -> Layers:
@@ -240,16 +286,22 @@ class CollaborativeSearch(Search):
     ) -> tuple[Plan, str]:
         """Return the plan of the least rate within absolute limits, and why there is none."""
         layers = self._layers
+        planned = partial(
+            plan_at,
+            layers=layers,
+            space=self.space,
+            pass_=self._pass,
+            timely=bool(np.isfinite(seconds)),
+        )
 
         def excess(plan: Plan) -> float:
-            size = self.space.file_bytes(plan.cost, plan.forms)
-            row = np.array([plan.cost.macs, plan.cost.params, size])
+            row = np.array([plan.cost.macs, plan.cost.params, self.file_bytes(plan)])
             return max(float(np.max(row / limits.row)), plan.seconds / seconds)
 
         low, high, best = 0.0, layers.most, None
         rate = min(max(1 - 1 / excess(self.nothing.plan), low), high)
         for _ in range(_ROUNDS):
-            plan = plan_at(rate, layers, self.space, self._pass)
+            plan = planned(rate)
             if excess(plan) <= 1:
                 best, high = plan, rate
             else:
@@ -257,7 +309,7 @@ class CollaborativeSearch(Search):
             rate = 0.5 * (low + high)
         if best is not None:
             return best, ""
-        plan = plan_at(high, layers, self.space, self._pass)
+        plan = planned(high)
         return plan, "" if excess(plan) <= 1 else _TOO_MUCH
 
     def _walk(self, plan: Plan, losses: Losses) -> Walk:

@@ -125,9 +125,8 @@ class Search:
         self._sizes: dict[str, int] = {}
         self._losses: Losses | None = None
 
-    @property
-    def refusals(self) -> tuple[Refusal, ...]:
-        """Why nodes and groups were left alone."""
+    def refusals(self, plan: Plan) -> tuple[Refusal, ...]:
+        """Return why nodes and groups have no option that a plan could take."""
         return (*self.space.refusals, *(self._losses.refusals if self._losses else ()))
 
     @property
@@ -284,6 +283,10 @@ class Search:
         if model.digest not in self._sizes:
             self._sizes[model.digest] = written_bytes(model, self._settings.emit)
         return self._sizes[model.digest]
+
+    def file_bytes(self, plan: Plan) -> int:
+        """Return the predicted size of the file that a plan makes."""
+        return self.space.file_bytes(plan.cost, plan.forms)
 
     @property
     def shares(self) -> bool:

@@ -1,6 +1,7 @@
 """Emitted layers are what their definition says, and producers follow them."""
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from functools import cache
 
@@ -15,6 +16,7 @@ from onnxcomp.errors import DataError, LimitError, ParameterError
 from onnxcomp.model import Array, Model
 from onnxcomp.numerics.collaborative import Kept
 from onnxcomp.passes.base import Arrays, Option
+from onnxcomp.passes.collaborative_layers import Layers, dropped_by_all
 from onnxcomp.passes.compress_collaboratively import (
     CompressCollaboratively,
     original_factors,
@@ -23,6 +25,7 @@ from onnxcomp.samples import Samples
 from tests.analysis.channel_graphs import Graph
 from tests.graphs import SHARED
 from tests.passes.exact_checks import drift
+from tests.search.cases import concat_of_three
 from tests.search.searching import inputs
 
 TOLERANCE = 1e-6  # relative L2: float32 products in another order
@@ -52,7 +55,31 @@ def mixed() -> Model:
     return g.model(g.op("Gemm", t, g.w(24, 6), g.w(6)))
 
 
-MODELS = {"residual": residual, "mixed": mixed}
+def dense() -> Model:
+    """Layers that read what all layers in front of them made, one of which made little."""
+    g = Graph(3, 8, 8)
+    t, width = g.op("Relu", g.conv("x", 3, 8)), 8
+    for _ in range(3):
+        made = g.op("Relu", g.conv(t, width, 6))
+        t, width = g.op("Concat", t, made, axis=1), width + 6
+    t = g.op("Relu", g.conv(t, width, 12, kernel=1))
+    return weak(g.model(g.op("Gemm", g.mean(t), g.w(12, 5), g.w(5))), 1)
+
+
+def joined() -> Model:
+    """Three branches that one layer reads, the last of which makes little."""
+    return weak(concat_of_three(), 2)
+
+
+def weak(model: Model, place: int) -> Model:
+    """A model in which one convolution, by its place, makes a hundredth of what it made."""
+    conv = [node for node in model.nodes if node.op == "Conv"][place]
+    less = {name: model.weights[name] * np.float32(0.01) for name in conv.inputs[1:]}
+    return Model(model.skeleton, {**model.weights, **less})
+
+
+MODELS = {"residual": residual, "dense": dense, "mixed": mixed}
+WEAK = {"dense": 0.7, "joined": 0.2}  # models with a weak branch, and rates at which it goes
 
 
 @cache
@@ -60,6 +87,9 @@ def facts_of(name: str) -> Analysis:
     if name in MODELS:
         model = MODELS[name]()
         samples = Samples(inputs(model, 8), np.arange(8) % 5)
+    elif name == "joined":
+        model = joined()
+        samples = Samples(inputs(model, 8))  # what it returns are no classes
     else:
         path = SHARED / "models" / f"{name}.onnx"
         if not path.exists():
@@ -77,6 +107,29 @@ def applied(facts: Analysis, chosen: Mapping[Option, Arrays]) -> Model:
     draft = facts.model.edit()
     HALF.apply(draft, facts, chosen)
     return draft.seal(by="test")
+
+
+def written(facts: Analysis, layers: Layers, kept: Mapping[str, Kept]) -> Model:
+    """The model of which so much stays."""
+    removed = layers.cut(kept)
+    places = layers.places(kept, removed)
+    chosen = {
+        HALF.option(layers, node, each): {
+            **places[node],
+            **original_factors(facts, node, each, removed),
+        }
+        for node, each in kept.items()
+    }
+    return applied(facts, chosen)
+
+
+def seconds_of(model: Model, samples: Samples) -> float:
+    """Predicted seconds of a model's weighted nodes and index selections."""
+    facts, target = Analysis(model, samples), HALF.target
+    shapes = [facts.tensors[n.outputs[0]].shape for n in model.nodes if n.op == "Gather"]
+    selections = sum(target.element_seconds("Slice", math.prod(shape)) for shape in shapes)
+    convolutions = [linear.convolution for linear in facts.linears.values()]
+    return selections + target.chain_seconds(convolutions)
 
 
 def by_definition(facts: Analysis, kept: Mapping[str, Kept]) -> Model:
@@ -153,6 +206,41 @@ def test_producers_follow_the_only_reader_and_others_stay():
     assert Analysis(small).cost.macs < Analysis(everywhere).cost.macs
 
 
+@pytest.mark.parametrize(("name", "rate"), WEAK.items())
+def test_one_channel_stays_where_no_reader_keeps_any(name, rate):
+    """Its readers select among what is joined."""
+    facts, pass_ = facts_of(name), CompressCollaboratively(rate=rate)
+    layers = pass_.layers(facts)
+    kept = layers.at(rate)
+    removed = layers.cut(kept)
+    emptied = [
+        group
+        for group in facts.channels.groups
+        if group.name in removed
+        and all(set(r.index.flat) <= set(kept[r.node].dropped) for r in group.readers)
+    ]
+    assert emptied
+    small = applied(facts, pass_.solve(facts))
+    assert drift(by_definition(facts, kept), small, feed_of(facts)) <= TOLERANCE
+    for group in emptied:
+        assert len(removed[group.name]) == group.size - 1
+        assert Analysis(small, facts.samples).linears[group.producers[0]].out_channels == 1
+        for reader in group.readers:
+            assert f"{reader.node}_selected" in {node.id for node in small.nodes}
+
+
+def test_the_channel_that_stays_went_last():
+    (group,) = (g for g in facts_of("joined").channels.groups if g.size == 8)
+    (reader,) = group.readers
+    order = np.random.default_rng(0).permutation(group.size)
+    gone = reader.index[order, 0]
+    found = dropped_by_all([group], {reader.node: gone})[group.name]
+    assert found.tolist() == sorted(order[:-1])
+    found = dropped_by_all([group], {reader.node: gone[:3]})[group.name]
+    assert found.tolist() == sorted(order[:3])
+    assert dropped_by_all([group], {}) == {}
+
+
 def test_the_square_root_of_the_singular_values_is_in_both_parts():
     facts = facts_of("residual")
     chosen = MOST.solve(facts)
@@ -215,6 +303,41 @@ def test_seconds_ask_for_other_rates_than_macs():
     )
     assert macs.at(0.3) != seconds.at(0.3)
     assert seconds.most <= 0.95
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "timely"),
+    [
+        ("residual", {}, True),
+        ("residual", {"cost": "seconds", "step": None}, False),
+        ("dense", {}, True),  # in which one selection takes all that it saves
+    ],
+)
+def test_selections_that_save_no_time_are_left_out(name, options, timely, monkeypatch):
+    """Where producers lose channels is as before; ranks are, too."""
+    facts = facts_of(name)
+    layers = CompressCollaboratively(**options).layers(facts)
+    lean = layers.at(0.4, timely=timely)
+    monkeypatch.setattr(Layers, "_without_slow_selections", lambda _, kept: kept)
+    plain = layers.at(0.4, timely=timely)
+    removed, other = layers.cut(plain), layers.cut(lean)
+    assert {k: v.tolist() for k, v in removed.items()} == {
+        k: v.tolist() for k, v in other.items()
+    }
+    places, pays = layers.places(plain, removed), []
+    for node, each in plain.items():
+        read = places[node]["read"]
+        if len(places[node]["kept"]) == len(read):
+            assert lean[node] == each
+            continue
+        whole = Kept(tuple(c for c in each.dropped if c not in read), each.rank)
+        part_seconds, whole_seconds = (
+            seconds_of(written(facts, layers, {**plain, node: way}), facts.samples)
+            for way in (each, whole)
+        )
+        pays.append(part_seconds < whole_seconds)
+        assert lean.get(node, Kept()) == (each if pays[-1] else whole)
+    assert set(pays) == {True, False}
 
 
 def test_without_waste_two_parts_are_always_cheaper():

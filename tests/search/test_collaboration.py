@@ -19,7 +19,7 @@ from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.space import Space
 from onnxcomp.search.working import finish, prepare, working_model
 from tests.passes.exact_checks import drift
-from tests.passes.test_compress_collaboratively import mixed, residual
+from tests.passes.test_compress_collaboratively import dense, mixed, residual, seconds_of
 from tests.search.searching import inputs
 
 SETTINGS = Settings(
@@ -88,6 +88,51 @@ def test_limits_on_parameters_and_bytes(limits):
 def test_a_limit_on_the_time_plans_by_seconds():
     result = run(Limits(latency=0.7), dry_run=True)
     assert result.plan.seconds <= 0.7 * result.search.nothing.plan.seconds
+    small = result.search.solve(result.plan, result.search.losses).model
+    assert any(node.op == "Gather" for node in small.nodes)
+    assert result.plan.seconds == pytest.approx(seconds_of(small, samples()))
+
+
+def test_slow_index_selections_are_left_out_under_any_limit_on_the_time():
+    """Those of another cost, too; `half` has MACs."""
+    search, limits, counts = half().search, Limits(macs=0.8 * macs(residual())), []
+    for seconds in (np.inf, 9 * search.nothing.plan.seconds):
+        plan, reason = search.choose(search.losses, limits, seconds=seconds)
+        assert not reason
+        assert plan.cost.macs <= limits.macs
+        places = plan.options.values()
+        counts.append(sum(len(each["kept"]) < len(each["read"]) for each in places))
+    assert counts[0] > counts[1]
+
+
+def test_files_are_predicted_with_their_index_selections():
+    search = half().search
+    for share in (0.5, 0.6, 0.7, 0.8):
+        limits = Limits(size=share * residual().file_bytes)
+        plan, reason = search.choose(search.losses, limits)
+        assert not reason
+        assert search.file_bytes(plan) <= limits.size
+        proto = search.solve(plan, search.losses).model.to_proto()
+        nodes = [node for node in proto.graph.node if node.op_type == "Gather"]
+        indices = {node.input[1] for node in nodes}
+        arrays = [each for each in proto.graph.initializer if each.name in indices]
+        further = search.file_bytes(plan) - search.space.file_bytes(plan.cost, plan.forms)
+        assert nodes
+        assert further == pytest.approx(sum(m.ByteSize() for m in (*nodes, *arrays)), rel=0.1)
+
+
+@pytest.mark.parametrize("make", [residual, mixed])
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_every_node_is_in_an_action_or_refused(make, share):
+    model = make()
+    data = Samples(inputs(model, COUNT), np.arange(COUNT) % 5)
+    result = compress(model, data=data, limits=Limits(macs=share), settings=SETTINGS)
+    facts, report = result.search.space.facts, result.report
+    changed = {action.where for action in report.actions}
+    refused = {refusal.where for refusal in report.refusals}
+    assert changed == result.plan.kept.keys()
+    assert changed | refused == facts.linears.keys() | facts.not_linear.keys()
+    assert changed.isdisjoint(refused)
 
 
 def test_too_much_gives_the_least_there_is():
@@ -118,7 +163,7 @@ def test_excluded_nodes_stay():
     assert any(r.where == node and r.reason == "excluded" for r in result.report.refusals)
 
 
-@pytest.mark.parametrize("make", [residual, mixed])
+@pytest.mark.parametrize("make", [residual, dense, mixed])
 @pytest.mark.parametrize("rate", [0.3, 0.7])
 def test_predicted_costs_are_those_of_the_model(make, rate):
     """With index selections, ranks above the outputs that are left, and cut producers."""

@@ -219,7 +219,7 @@ def test_bisection_uses_up_a_limit_whatever_the_outputs_do(power, scale):
         return found
 
     search = SimpleNamespace(
-        nothing=nothing, losses=None, refusals=(), fastest=fastest, solve=solve,
+        nothing=nothing, losses=None, refusals=lambda _: (), fastest=fastest, solve=solve,
         timed=lambda _, work: work(), within=lambda *_: True, shares=False,
     )  # fmt: skip
     pursuit = Pursuit(
