@@ -67,6 +67,13 @@ def collect_moments(
     return tuple(builder.finish() for builder in builders)
 
 
+def why_rows(moments: RowMoments) -> str:
+    """Return why there are rows in the place of second moments."""
+    if moments.d > _MAX_DENSE:
+        return f"it has {moments.d:,} inputs, more than {_MAX_DENSE:,}"
+    return f"{moments.count:,} rows are few for {moments.d:,} inputs; more samples help"
+
+
 def identity_moments(
     linear: Linear,
     kernel: Array,

@@ -8,7 +8,7 @@ plus a factor times its cost, after Diao et al. 2021 (Sensors 21, 3464) as recon
 is not known.  What differs on purpose: branches have no BatchNorm (it is folded, and closed
 forms start them at the right scale), and no labels are needed.
 
-What is found is a plan, which `SubstituteOperators` writes into the original graph.
+What is found is an `OperatorPlan`, which `replay` writes into the original graph.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from torch.nn import functional
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.analysis.target import TARGETS, Target
-from onnxcomp.bridge.branches import Branch, find_branches, working_graph, written
+from onnxcomp.bridge.branches import Branch, find_branches, written
+from onnxcomp.bridge.equality import check_equal, tolerance_of
 from onnxcomp.bridge.module import GraphModule
 from onnxcomp.bridge.objective import Examples, Objective
 from onnxcomp.bridge.plan import make_plan
 from onnxcomp.errors import ParameterError
 from onnxcomp.evaluate import predict
 from onnxcomp.model import Model, extract
-from onnxcomp.passes.base import Arrays, Option
-from onnxcomp.passes.substitute_operators import SubstituteOperators
+from onnxcomp.passes.base import NodePass
+from onnxcomp.passes.operator_plan import OperatorPlan, working_graph
 from onnxcomp.samples import Samples
 
 Cost = Literal["params", "macs", "seconds"]
@@ -44,6 +45,7 @@ Progress = Callable[[str, float], None]
 _EXPLORED = 0.25  # share of the convolutions that try a random operator in a step of warm-up
 _CLIP = 1.0  # largest norm of the weights' gradient
 _MOMENTUM = 0.9
+_CHECKED = 4  # samples on which the result must be what torch trained
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,7 @@ class Selected:
 
     Attributes:
         model: The model with the chosen operators and the trained weights.
-        plan: The operator of every convolution that does not stay as it was.
-        arrays: Their trained kernels, as `SubstituteOperators.apply` takes them.
+        plan: What makes it of the original, without torch: `plan.save`, `load_plan`, `replay`.
         share: Cost of the model as a share of the original's.
         loss: Relative squared change of the outputs on the samples.
         history: Loss and share of the cost after every epoch of the search.
@@ -114,8 +115,7 @@ class Selected:
     """
 
     model: Model
-    plan: Mapping[str, Option]
-    arrays: Mapping[str, Arrays]
+    plan: OperatorPlan
     share: float
     loss: float
     history: tuple[tuple[float, float], ...]
@@ -231,7 +231,7 @@ def search(
     samples: Samples,
     selection: Selection | None = None,
     *,
-    operators: SubstituteOperators | None = None,
+    operators: Sequence[NodePass] = (),
     outputs: Sequence[str] = (),
     target: Target = TARGETS["x86-avx512"],
     progress: Progress = lambda *_: None,
@@ -242,7 +242,8 @@ def search(
         model: The model, with BatchNorm or without.
         samples: Unlabelled samples; the model's own outputs on them are what is learnt.
         selection: How to choose.
-        operators: Which operators to choose from; all that are legal if None.
+        operators: Passes that propose what to choose from; if there are none, all lighter
+            operators that are legal, and chains of low rank.
         outputs: Tensors whose change counts; the raw outputs, in front of Softmax and Sigmoid,
             if none are given.
         target: Whose latency model predicts seconds.
@@ -250,8 +251,10 @@ def search(
 
     Raises:
         DataError: The samples do not fit, or there are none.
+        ParameterError: `operators` hold nothing that can be trained.
         UnsupportedModelError: Nodes cannot be expressed in torch, or no convolution has a
             lighter operator.
+        ValidationError: The result is not what torch trained, on some samples.
     """
     selection = selection or Selection()
     work = working_graph(model)
@@ -268,10 +271,11 @@ def search(
     training.run()
     chosen = {node: choice.branches[choice.active] for node, choice in choices.items()}
     result = written(facts, net, chosen)
+    few = samples.take(range(min(_CHECKED, samples.count)))
+    check_equal(net, result.model, few, tolerance=tolerance_of(work))
     return Selected(
         result.model,
         result.plan,
-        result.arrays,
         training.share,
         objective.of(net, examples),
         tuple(training.history),

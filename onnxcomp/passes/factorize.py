@@ -47,6 +47,8 @@ class Factorize:
         forms: Which forms to propose, names of `numerics.svd.FORMS`.
         target: Profile whose grid the ranks follow and whose latency model judges options.
         step: Multiples of this instead of the grid, without the judgement; 1 frees all ranks.
+        shares: Shares of the full rank; only the ranks next to them are proposed, without the
+            judgement.  All ranks if there are none.
     """
 
     name: ClassVar[str] = "factorize"
@@ -56,6 +58,7 @@ class Factorize:
     forms: tuple[str, ...] = tuple(FORMS)
     target: Target = TARGETS["x86-avx512"]
     step: int | None = None
+    shares: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for form in self.forms:
@@ -63,6 +66,9 @@ class Factorize:
                 raise ParameterError.choice("Factorize", "forms", FORMS, form)
         if self.step is not None and self.step < 1:
             raise ParameterError.of("Factorize", "step", "None or at least 1", self.step)
+        for share in self.shares:
+            if not 0 < share < 1:
+                raise ParameterError.of("Factorize", "shares", "above 0, below 1", share)
 
     def propose(self, facts: Analysis, /) -> Proposal:
         """Return every form and rank that saves parameters, and refusals for other nodes."""
@@ -78,14 +84,15 @@ class Factorize:
         for form in self.forms:
             if not FORMS[form].applies(shape) or not expressible(linear, form):
                 continue
-            for rank in self.target.sizes(FORMS[form].max_rank(shape), step=self.step):
+            for rank in self._ranks(FORMS[form].max_rank(shape)):
                 steps = chain(linear, form, rank, linear.out_channels, linear.in_channels)
                 if sum(s.weights for s in steps) >= linear.convolution.weights:
                     continue
                 if sum(s.macs for s in steps) >= linear.convolution.macs:
                     continue
                 saving += 1
-                if self.step is None and self.target.chain_seconds(steps) * _PAYS > dense:
+                judged = self.step is None and not self.shares
+                if judged and self.target.chain_seconds(steps) * _PAYS > dense:
                     slow += 1
                     continue
                 options.append(Option(self.name, linear.id, form, (rank,)))
@@ -97,6 +104,14 @@ class Factorize:
                 f"none of {saving} smaller forms is predicted faster on {self.target.name}",
             )
         return [], f"no rank on the grid makes {shape[0]}x{shape[1]} channels smaller"
+
+    def _ranks(self, full: int) -> tuple[int, ...]:
+        """Return the ranks to propose of those below the full one."""
+        ranks = self.target.sizes(full, step=self.step)
+        if not (self.shares and ranks):
+            return ranks
+        near = {min(ranks, key=lambda r: abs(r - share * full)) for share in self.shares}
+        return tuple(sorted(near))
 
     def chain(
         self, option: Option, linear: Linear, out_channels: int, in_channels: int

@@ -88,7 +88,7 @@ class SubstituteOperators:
             return [], reason
         alone = next_linear(facts, linear) is None
         forms = [form for form in self.forms if form != BYPASS or not alone]
-        sizes = [(form, size) for form in forms for size in _sizes(form, linear)]
+        sizes = [(form, size) for form in forms for size in legal_sizes(form, linear)]
         legal = [Option(self.name, linear.id, form, size) for form, size in sizes]
         if not legal:
             return [], "no lighter operator has its shape"
@@ -252,12 +252,16 @@ def chain(
 def seconds(linear: Linear, option: Option, target: Target) -> float:
     """Return the predicted seconds of an option at the node's own widths."""
     steps = chain(linear, option, linear.out_channels, linear.in_channels)
+    return target.chain_seconds(steps) + pool_seconds(linear, option, target)
+
+
+def pool_seconds(linear: Linear, option: Option, target: Target) -> float:
+    """Return the predicted seconds of an option's pool, if it is one."""
     elements = linear.out_channels * float(np.prod(linear.out_extent, dtype=np.int64))
-    pool = target.element_seconds(_POOLS.get(option.form, ""), elements)
-    return target.chain_seconds(steps) + pool
+    return target.element_seconds(_POOLS.get(option.form, ""), elements)
 
 
-def _sizes(form: str, linear: Linear) -> list[tuple[int, ...]]:
+def legal_sizes(form: str, linear: Linear) -> list[tuple[int, ...]]:
     """Return the sizes at which a form is legal in a node's place and takes less work."""
     m, c, k = linear.out_channels, linear.in_channels, linear.spatial
     attrs, extents = linear.node.attrs, linear.kernel_shape
@@ -266,8 +270,10 @@ def _sizes(form: str, linear: Linear) -> list[tuple[int, ...]]:
         same = pool or linear.in_extent == linear.out_extent
         strided = not pool and any(s != 1 for s in linear.strides)
         dilated = pool and any(d != 1 for d in linear.dilations)
+        pads = attrs.get("pads", (0, 0) * len(extents))
+        wide = pool and any(p >= k for p, k in zip(pads, 2 * extents, strict=True))
         shifted = form == BYPASS and not reads_middle(attrs, extents)
-        return [()] if c == m and same and not (strided or dilated or shifted) else []
+        return [()] if c == m and same and not (strided or dilated or wide or shifted) else []
     sizes: list[tuple[int, ...]]
     if form == "separable":
         sizes = [(q,) for q in _MULTIPLICITIES if q < k]

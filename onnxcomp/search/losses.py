@@ -10,8 +10,9 @@ relative to their variance, adds up over nodes where KL divergence and local err
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,13 @@ from onnxcomp.analysis.stream import Feeds
 from onnxcomp.errors import DataError
 from onnxcomp.model import Array, Model, Value, extract
 from onnxcomp.numerics.interpolation import interpolated
-from onnxcomp.numerics.moments import Moments
 from onnxcomp.numerics.selection import Elimination, Reader, eliminate
 from onnxcomp.passes import NODE_PASSES
 from onnxcomp.passes.base import Option, Refusal
-from onnxcomp.passes.substitute_operators import BYPASS
 from onnxcomp.runtime import Session
 from onnxcomp.search.bypass import BypassMeter
-from onnxcomp.search.deadline import Deadline, Progress
+from onnxcomp.search.deadline import Deadline, Progress, TimeLimitReached
+from onnxcomp.search.forms import efficient, fitted
 from onnxcomp.search.outputs import OutputMeter
 from onnxcomp.search.refits import (
     group_readers,
@@ -61,7 +61,7 @@ class Losses:
         forms: Loss of every form of a node worth considering.
         widths: Loss of every width worth considering, by group.
         orders: Order in which each group's channels go.
-        refusals: Why a node or group has no option left.
+        refusals: Why a node or group has no option left, or a node not all of its forms.
         joint: Loss of each joint factorisation at each of its nodes.
     """
 
@@ -214,18 +214,29 @@ class LossMeter:
             metrics = self._moments(twins, linear, position)
         except DataError as error:  # such as a mask of -inf in front of the node
             return refuse(f"nothing can be fitted at '{linear.id}': {error}")
-        if forms:
-            self._measure_forms(twins, linear, metrics[0])
+        if forms and self._in_time(
+            linear.id, partial(self._measure_forms, twins, linear, metrics[0])
+        ):
             self._remember("forms", linear.id)
         for name in groups:
             seen, missing = waiting[name]
             seen[linear.id] = metrics
             missing.discard(linear.id)
-            if not missing:
-                self._measure_group(twins, name, seen)
+            if missing:
+                continue
+            if self._in_time(name, partial(self._measure_group, twins, name, seen)):
                 self._remember("widths", name)
-                del waiting[name]
+            del waiting[name]
         return None
+
+    def _in_time(self, name: str, measure: Callable[[], None]) -> bool:
+        """Measure a node or group; refuse it if the deadline passes meanwhile."""
+        try:
+            measure()
+        except TimeLimitReached:
+            self._refusals[name] = LATE
+            return False
+        return True
 
     def _remember(self, kind: str, name: str) -> None:
         """Keep what was measured of a node or group."""
@@ -285,12 +296,9 @@ class LossMeter:
     def _measure_forms(self, twins: Twins, linear: Linear, metric: SecondMoments) -> None:
         """Measure some of a node's forms and interpolate the rest."""
         kernel = linear.kernel(self._model.weights[linear.weight])
-        options = [
-            option
-            for option in self._space.forms[linear.id]
-            if (isinstance(metric, Moments) or option.form == "output_basis")
-            and option.form != BYPASS
-        ]
+        options, missing = fitted(self._space.forms[linear.id], metric)
+        if missing:
+            self._refusals[linear.id] = missing
         bypassed = self._bypass(twins, linear) if self._data_aware else {}
         self._forms |= bypassed
         errors: dict[Option, float] = {}
@@ -299,10 +307,10 @@ class LossMeter:
             errors |= pass_.errors(mine, kernel, metric)
         matrix = kernel.reshape(len(kernel), -1)
         bound = _HOPELESS * float(np.vdot(matrix, metric.times(matrix)))
-        kept = self._efficient(linear, {o: e for o, e in errors.items() if e <= bound})
+        kept = efficient(self._space, linear, {o: e for o, e in errors.items() if e <= bound})
         if not kept:
-            if not bypassed:
-                self._refusals[linear.id] = "every smaller form loses half of its output"
+            if not bypassed and (options or not missing):
+                self._refuse_forms(linear, "loses half of its output")
             return
         session = twins.current.tail([linear.weight, linear.bias], self._outputs)
         full = metric.solve(matrix).reshape(kernel.shape)
@@ -314,34 +322,25 @@ class LossMeter:
         without = error(full) if self._data_aware else 0.0
 
         def loss(option: Option) -> float:
+            self._deadline.check()
             _, dense = NODE_PASSES[option.method].fit(option, full, metric)
             return error(dense) - without
 
         found = interpolated({o: errors[o] for o in kept}, loss, count=_MEASURED)
         self._forms |= found
         if not found and not bypassed:
-            self._refusals[linear.id] = "with every smaller form the outputs overflow"
+            self._refuse_forms(linear, "makes the outputs overflow")
+
+    def _refuse_forms(self, linear: Linear, reason: str) -> None:
+        """Say what is wrong with all of a node's forms that can be fitted."""
+        known = self._refusals.get(linear.id)
+        self._refusals[linear.id] = (
+            f"{known}; every other form {reason}" if known else f"every smaller form {reason}"
+        )
 
     def _bypass(self, twins: Twins, linear: Linear) -> dict[Option, float]:
         meter = BypassMeter(self._error, self._outputs, self._measured, self._seed)
         return meter.losses(self._space, twins, linear)
-
-    def _efficient(self, linear: Linear, errors: Mapping[Option, float]) -> list[Option]:
-        """Return the options that no other beats in error, MACs and parameters at once."""
-        rows = []
-        for option, error in errors.items():
-            steps = self._space.steps(linear, option, linear.in_channels, linear.out_channels)
-            macs, weights = sum(s.macs for s in steps), sum(s.weights for s in steps)
-            rows.append((error, macs, weights, self._space.target.chain_seconds(steps)))
-        table = np.array(rows)
-        kept = []
-        for index, option in enumerate(errors):
-            better = np.all(table <= table[index], axis=1) & np.any(
-                table < table[index], axis=1
-            )
-            if not better.any():
-                kept.append(option)
-        return kept
 
     def _tail(
         self, twins: Twins, session: Session, linear: Linear, kernel: Array, bias: Array
@@ -369,10 +368,10 @@ class LossMeter:
             index = dict(self._space.input_side(linear).parts)[name]
             readers += group_readers(linear, kernel, index, per_group)
         order = eliminate(readers, group.size)
-        self._orders[name] = order
         session = self._group_session(twins, list(metrics))
 
         def error(width: int) -> float:
+            self._deadline.check()
             values: dict[str, Array] = {}
             removed = {name: order.order[: group.size - width].astype(np.int64)}
             for node_id, per_group in metrics.items():
@@ -385,6 +384,7 @@ class LossMeter:
         self._widths[name] = interpolated(
             points, lambda width: error(width) - without, count=_MEASURED
         )
+        self._orders[name] = order
 
     def _group_session(self, twins: Twins, node_ids: Sequence[str]) -> Session:
         """Return a session with the readers' weights free: the tail of a lone reader."""

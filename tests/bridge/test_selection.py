@@ -1,5 +1,7 @@
 """The choice of operators: gates, extremes of the factor, and replay in the graph."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,18 +14,23 @@ import torch
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.probe import random_inputs
 from onnxcomp.analysis.target import TARGETS
-from onnxcomp.bridge.branches import find_branches, working_graph, written
+from onnxcomp.bridge import selection
+from onnxcomp.bridge.branches import find_branches, written
 from onnxcomp.bridge.selection import Choice, Selection, Supernet, one_hot, search
-from onnxcomp.errors import ParameterError, UnsupportedModelError
+from onnxcomp.errors import ParameterError, UnsupportedModelError, ValidationError
+from onnxcomp.loading import load
 from onnxcomp.model import Model
-from onnxcomp.passes.substitute_operators import FITTED, TRAINED, SubstituteOperators
+from onnxcomp.numerics.svd import FORMS
+from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.operator_plan import replay, working_graph
+from onnxcomp.passes.substitute_operators import BYPASS, FITTED, TRAINED, SubstituteOperators
 from onnxcomp.runtime import Session
 from tests.analysis.channel_graphs import Graph
 from tests.passes.exact_checks import relative_l2
 
 TOLERANCE = 1e-5  # relative L2 between torch and onnxruntime
 TARGET = TARGETS["x86-avx512"]
-FEW = SubstituteOperators(("separable", "pointwise", "skip"), step=1)
+FEW = (SubstituteOperators(("separable", "pointwise", "skip"), step=1),)
 GATES = ("identity", "softmax")
 
 
@@ -45,7 +52,7 @@ def samples():
 def prepared(samples):
     """The working graph and all branches of its convolutions."""
     facts = Analysis(working_graph(network()), samples)
-    return facts, find_branches(facts, samples, None, TARGET)
+    return facts, find_branches(facts, samples, (), TARGET)
 
 
 def supernet(prepared, gate="identity", cost="macs") -> Supernet:
@@ -130,7 +137,7 @@ def test_extremes_and_trend_of_the_factor(gate, samples):
         whole = Analysis(network(), samples).cost.macs
         assert cost / whole == pytest.approx(found.share, abs=1e-5)
         if factor == 0:
-            assert not found.plan
+            assert not found.plan.options
             assert found.loss < 1e-3
     facts = Analysis(working_graph(network()), samples)
     branches = find_branches(facts, samples, FEW, TARGET)
@@ -151,7 +158,7 @@ def test_warm_up_trains_operators_and_leaves_gates_and_originals_alone(samples):
     model = network()
     how = Selection(warm_up=2, epochs=0, tuning=0)
     found = search(model, samples, how, operators=FEW)
-    assert not found.plan
+    assert not found.plan.options
     assert found.share == 1
     assert found.loss < 1e-8  # what stays as it was is the original
     best = replace(how, factor=1e6, epochs=2, gate_rate=5.0)
@@ -162,7 +169,7 @@ def test_warm_up_trains_operators_and_leaves_gates_and_originals_alone(samples):
     assert losses[0] != losses[1]  # it does train them
 
 
-@pytest.mark.parametrize("form", [*FITTED, *TRAINED])
+@pytest.mark.parametrize("form", [*FITTED, *TRAINED, *FORMS])
 def test_the_graph_gives_what_the_network_gives(form, prepared, samples):
     """Every operator, wherever it is legal, all at once."""
     facts, _ = prepared
@@ -178,15 +185,82 @@ def test_the_graph_gives_what_the_network_gives(form, prepared, samples):
     taken = {node: choice.branches[choice.active] for node, choice in net.choices.items()}
     result = written(facts, net, taken)
     if form == "dilated":  # all kernels are 3 x 3
-        assert not result.plan
+        assert not result.plan.options
     else:
-        assert {option.form for option in result.plan.values()} == {form}
+        assert {option.form for option in result.plan.options.values()} == {form}
     feed = {"x": samples.arrays["x"][:16]}
     (y,) = Session(result.model, optimize=False).run(feed).values()
     assert relative_l2(y, outputs(net, samples)) <= TOLERANCE
     (before,) = Session(network(), optimize=False).run(feed).values()
     assert relative_l2(y, before) > 100 * TOLERANCE
     assert result.model.signature == network().signature
+
+
+def test_the_plan_makes_the_result_of_the_original_without_torch(samples, tmp_path):
+    """In a process of its own; what was trained outside the operators is needed, too."""
+    model = network()
+    how = Selection(factor=1.0, epochs=3, batch=16, tuning=2, warm_up=0)
+    found = search(model, samples, how, operators=FEW)
+    assert 0 < len(found.plan.options) < 4
+    model.save(tmp_path / "model.onnx")
+    found.plan.save(tmp_path / "plan.npz")
+    code = (
+        "import sys, onnxcomp\n"
+        "from onnxcomp.passes.operator_plan import load_plan, replay\n"
+        "model = replay(onnxcomp.load('model.onnx'), load_plan('plan.npz'))\n"
+        "model.save('result.onnx')\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    feed = {"x": samples.arrays["x"][:16]}
+    (wanted,) = Session(found.model, optimize=False).run(feed).values()
+    (y,) = Session(load(tmp_path / "result.onnx"), optimize=False).run(feed).values()
+    assert relative_l2(y, wanted) <= TOLERANCE
+    untrained = replay(model, replace(found.plan, weights={}))
+    (y,) = Session(untrained, optimize=False).run(feed).values()
+    assert relative_l2(y, wanted) > 100 * TOLERANCE
+
+
+def test_a_result_that_is_not_what_torch_trained_is_refused(samples, monkeypatch):
+    def broken(*arguments):
+        result = written(*arguments)
+        bias = result.model.nodes[-1].input(2)
+        draft = result.model.edit()
+        draft.set_weight(bias, result.model.weights[bias] + 0.01)
+        return replace(result, model=draft.seal(by="test"))
+
+    quick = Selection(warm_up=0, epochs=1, tuning=0)
+    assert search(network(), samples, quick, operators=FEW).model
+    monkeypatch.setattr(selection, "written", broken)
+    with pytest.raises(ValidationError, match="torch is off onnxruntime"):
+        search(network(), samples, quick, operators=FEW)
+
+
+def test_chains_of_low_rank_are_chosen_from_too(samples):
+    """At ranks of the grid next to a quarter and a half of the full one."""
+    few = [Factorize(forms=("output_basis",), shares=(0.25, 0.5))]
+    quick = Selection(warm_up=1, epochs=4, tuning=1, batch=8, factor=1e4)
+    found = search(network(), samples, quick, operators=few)
+    assert {option.method for option in found.plan.options.values()} == {"factorize"}
+    assert {option.size for option in found.plan.options.values()} <= {(4,), (8,)}
+    assert "output_basis 4" in found.table
+    assert found.share < 1
+
+
+def test_nodes_are_not_left_out_by_training(prepared, samples):
+    facts, found = prepared
+    every = SubstituteOperators(step=1)
+    assert any(option.form == BYPASS for option in every.propose(facts).options)
+    some = find_branches(facts, samples, [every], TARGET)
+    for branches in (found, some):
+        forms = {b.option.form for each in branches.values() for b in each if b.option}
+        assert BYPASS not in forms
+        assert "separable" in forms
+    with pytest.raises(ParameterError, match="forms"):
+        search(network(), samples, operators=[SubstituteOperators((BYPASS,))])
 
 
 def test_operators_start_from_their_closed_forms(prepared):
@@ -223,10 +297,10 @@ def test_what_is_refused(samples):
 
 
 def test_operators_without_weights_are_chosen_from_too(samples):
-    few = SubstituteOperators(("average_pool", "skip"), step=1)
+    few = [SubstituteOperators(("average_pool", "skip"), step=1)]
     quick = Selection(warm_up=1, epochs=3, tuning=0, batch=8, factor=1e4)
     found = search(network(), samples, quick, operators=few)
-    assert {option.form for option in found.plan.values()} <= {"average_pool", "skip"}
+    assert {option.form for option in found.plan.options.values()} <= {"average_pool", "skip"}
     assert found.share < 1
 
 

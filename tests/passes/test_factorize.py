@@ -284,6 +284,27 @@ def test_options_save_weights_and_macs():
         assert option.size[0] in (4, 8, 12) or option.size[0] % 16 == 0
 
 
+def test_shares_take_the_ranks_of_the_grid_next_to_them():
+    g = Graph(48, 8, 8)
+    facts = Analysis(g.model(g.op("Relu", g.conv("x", 48, 64))))
+    low_rank = Factorize(forms=("output_basis",))
+    for shares, step, ranks in (
+        ((0.25, 0.5), None, [16, 32]),
+        ((0.3, 0.7), None, [16, 48]),
+        ((0.3, 0.28), None, [16]),
+        ((0.3, 0.7), 1, [20, 44]),
+    ):
+        found = replace(low_rank, shares=shares, step=step).propose(facts).options
+        assert [option.size[0] for option in found] == ranks
+
+
+def test_shares_are_not_judged_by_their_time():
+    g = Graph(8, 4, 4)
+    facts = Analysis(g.model(g.conv("x", 8, 8)))
+    assert not Factorize(forms=("output_basis",)).propose(facts).options
+    assert Factorize(forms=("output_basis",), shares=(0.5,)).propose(facts).options
+
+
 def test_refusals_say_why():
     g = Graph(8, 6, 6)
     shared = g.w(8, 8, 3, 3)
@@ -304,6 +325,9 @@ def test_bad_parameters():
     for step in (0, -4):
         with pytest.raises(ParameterError, match="step"):
             Factorize(step=step)
+    for share in (0.0, 1.0, float("nan")):
+        with pytest.raises(ParameterError, match="shares"):
+            Factorize(shares=(share,))
     model = node_model("conv", False)
     _, linear = facts_of(model)
     kernel = linear.kernel(model.weights["w"])

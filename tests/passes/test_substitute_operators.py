@@ -40,6 +40,7 @@ CASES = {
     "5 x 5 shifted": {"kernel": (5, 5), "pads": [4, 4, 0, 0]},
     "4 x 4": {"kernel": (4, 4), "pads": [1, 1, 2, 2]},
     "1 x 1": {"kernel": (1, 1)},
+    "padded widely": {"pads": [1, 1, 3, 1]},
     "1-D": {"kernel": (5,), "pads": [2, 2]},
     "widening": {"pads": [1] * 4, "outputs": 16},
 }
@@ -134,6 +135,7 @@ def test_what_is_legal(name, legal):
         ("widening", {"separable_twice"}),
         ("no padding", {"separable_twice", "average_pool", "max_pool"}),
         ("dilated", {"separable_twice", "skip"}),
+        ("padded widely", {"separable_twice"}),
     ],
 )
 def test_what_is_legal_to_train(name, legal):
@@ -163,6 +165,22 @@ def test_operators_without_a_dense_kernel(name, bias):
         y = wanted[option.form] + shift
         assert relative_l2(run(small, facts), y) <= TOLERANCE, option
         assert Analysis(small, facts.samples).cost.macs == 0
+
+
+@pytest.mark.parametrize("before", range(4))
+@pytest.mark.parametrize("behind", range(4))
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_pools_are_proposed_where_onnxruntime_can_run_them(kernel, before, behind):
+    """Which needs less padding than there is kernel."""
+    pads = [before, 0, behind, 0]
+    facts, _ = facts_of(lone(kernel=(kernel, kernel), pads=pads))
+    options = [
+        o for o in EVERY.propose(facts).options if o.form in ("average_pool", "max_pool")
+    ]
+    assert bool(options) == (max(pads) < kernel)
+    for option in options:
+        found = run(applied(facts, option, {}), facts)
+        assert found.shape == run(facts.model, facts).shape
 
 
 def test_separable_twice_starts_as_separable_once():

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.moments import why_rows
 from onnxcomp.model import Model
+from onnxcomp.numerics.moments import RowMoments
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.passes.substitute_operators import SubstituteOperators
@@ -126,6 +128,42 @@ def test_they_are_in_words_in_the_report():
     assert action.what.startswith(option.form)
     assert action.loss == losses.forms[option]
     assert macs == lab.space.facts.linears[option.target].convolution.macs
+
+
+def narrowing() -> Model:
+    """Four positions of a sample for 576 inputs of the second convolution."""
+    g = Graph(16, 4, 4)
+    t = g.op("Relu", g.conv("x", 16, 64))
+    t = g.op("Relu", g.conv(t, 64, 64, strides=[2, 2]))
+    return g.model(g.op("Gemm", g.mean(t), g.w(64, 5), g.w(5)))
+
+
+@pytest.mark.parametrize("kinds", [KINDS, (SubstituteOperators,)], ids=["all", "alone"])
+def test_forms_without_second_moments_are_refused_with_the_true_reason(kinds):
+    """Also where other forms can be fitted to the rows."""
+    lab = Lab.of(narrowing(), kinds=kinds, step=4)
+    losses = lab.losses()
+    _, second, _ = lab.space.facts.linears
+    assert not [o for o in substitutes(losses.forms) if o.target == second]
+    assert bool([o for o in losses.forms if o.target == second]) == (kinds == KINDS)
+    (reason,) = [r.reason for r in losses.refusals if r.where == second]
+    assert "separable" in reason
+    assert "96 rows are few for 576 inputs; more samples help" in reason
+    assert "loses half" not in reason
+    enough = Lab.of(narrowing(), kinds=kinds, step=4, count=80).losses()
+    assert not [r for r in enough.refusals if "rows" in r.reason]
+
+
+def test_more_samples_are_no_help_for_too_many_inputs():
+    rows = RowMoments.of(np.zeros((2, 9000), np.float32), np.zeros((2, 1)))
+    assert why_rows(rows) == "it has 9,000 inputs, more than 8,192"
+
+
+def test_reasons_are_kept_with_the_measurements(tmp_path):
+    lab = Lab.of(narrowing(), kinds=KINDS, step=4)
+    first = lab.meter(store=Store(tmp_path)).run()
+    assert any("rows" in refusal.reason for refusal in first.refusals)
+    assert lab.meter(store=Store(tmp_path)).run().refusals == first.refusals
 
 
 def test_measurements_are_taken_over(tmp_path):
