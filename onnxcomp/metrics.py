@@ -55,6 +55,15 @@ class Metric:
             raise DataError(f"metric '{self.name}' returned {value}; it must be finite")
         return value
 
+    def check_labels(self, outputs: Mapping[str, Array], labels: Array | None) -> None:
+        """Check the labels of more samples than those that gave `outputs`.
+
+        Raises:
+            DataError: The metric counts the user's classes, and a label is none.
+        """
+        if self.classes and not self.against_original and labels is not None:
+            _classes(labels, _scores(outputs).shape[1:])
+
 
 def load_metric(spec: str) -> Metric:
     """Return a metric by name.
@@ -104,11 +113,28 @@ def _top1(
     scores = _scores(outputs)
     if labels is None:
         raise DataError("metric 'top1' needs labels; give them, or use 'agreement'")
-    if labels.shape == scores.shape:
-        labels = labels.argmax(axis=1)
-    if labels.size != len(scores):
+    found = _classes(labels, scores.shape[1:])
+    if found.size != len(scores):
         raise DataError(f"labels have shape {labels.shape}, the scores {scores.shape}")
-    return float(np.mean(scores.argmax(axis=1) == labels.reshape(-1)))
+    return float(np.mean(scores.argmax(axis=1) == found.reshape(-1)))
+
+
+def _classes(labels: Array, scores: tuple[int, ...]) -> Array:
+    """Return labels as classes, also where they are scores, of shape (n, *scores).
+
+    Raises:
+        DataError: A label is outside 0 to the number of classes less 1.
+    """
+    if labels.shape[1:] == scores:
+        found: Array = labels.argmax(axis=1)
+        return found
+    wrong = labels[~np.isin(labels, np.arange(*scores))]
+    if wrong.size:
+        raise DataError(
+            f"label {wrong[0]} is no class: scores of {scores[0]} classes need labels from 0 "
+            f"to {scores[0] - 1}; subtract 1 where yours begin at 1"
+        )
+    return labels
 
 
 def _scores(outputs: Mapping[str, Array]) -> Array:

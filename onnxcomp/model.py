@@ -106,6 +106,7 @@ class Model:
         files: The files it was read from, which `save` never overwrites.
         file_bytes: Their size in bytes.
         foreign_ops: Operators outside the ONNX domain, as "domain::op".
+        packed: Whether the file is a packed one, whose size says nothing of an ONNX file.
     """
 
     def __init__(
@@ -116,11 +117,13 @@ class Model:
         files: tuple[Path, ...] = (),
         file_bytes: int | None = None,
         foreign_ops: tuple[str, ...] = (),
+        packed: bool = False,
     ) -> None:
         self.skeleton = skeleton
         self.weights: Mapping[str, Array] = MappingProxyType(dict(weights))
         self.files = files
         self.foreign_ops = foreign_ops
+        self.packed = packed
         self._file_bytes = file_bytes
 
     @classmethod
@@ -133,6 +136,7 @@ class Model:
         files: tuple[Path, ...] = (),
         file_bytes: int | None = None,
         foreign_ops: tuple[str, ...] = (),
+        packed: bool = False,
     ) -> Model:
         """Build a model from a ModelProto.
 
@@ -143,6 +147,7 @@ class Model:
             files: The files it was read from.
             file_bytes: Their size.
             foreign_ops: Operators outside the ONNX domain.
+            packed: Whether it was read from a packed file.
 
         Returns:
             The model.
@@ -161,7 +166,14 @@ class Model:
             weights[tensor.name] = array
             for payload in _PAYLOADS:
                 tensor.ClearField(payload)
-        return cls(proto, weights, files=files, file_bytes=file_bytes, foreign_ops=foreign_ops)
+        return cls(
+            proto,
+            weights,
+            files=files,
+            file_bytes=file_bytes,
+            foreign_ops=foreign_ops,
+            packed=packed,
+        )
 
     def to_proto(self, *, external: bool = False) -> onnx.ModelProto:
         """Return a complete ModelProto; with `external`, weights stay without payload."""

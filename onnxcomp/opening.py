@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,13 +84,14 @@ def first_samples(
             f"{', '.join(loaded.foreign_ops)}; what they compute is not known, so that only "
             "`inspect` works on the model"
         )
-    inputs = Model(loaded.proto, {}).signature.inputs
+    model = Model(loaded.proto, {})
+    inputs = model.signature.inputs
     if data is not None:
         samples = load_samples(data, inputs, preprocess=preprocess)
         _run_first(loaded, samples, inputs)
         return samples
     reason = "its inputs have unknown rank"
-    for samples in _random_samples(inputs, seed):
+    for samples in _random_samples(model, seed):
         try:
             _run_first(loaded, samples, inputs)
             return samples
@@ -110,14 +112,14 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) ->
         inputs: Files and folders that are read.
 
     Raises:
-        ParameterError: An output is an input, a folder, in no folder, or named twice.
+        ParameterError: An output is an input, no ordinary file, in a folder where nothing can
+            be written, or named twice.
     """
     read, written = {os.path.realpath(path) for path in inputs}, set[str]()
     for flag, path in outputs.items():
         if path is None or path == STDOUT:
             continue
-        if path.is_dir() or not path.parent.is_dir():
-            problem = "is a folder" if path.is_dir() else "is in a folder that does not exist"
+        if problem := _obstacle(path):
             raise ParameterError(f"{flag}: '{path}' {problem}")
         real = os.path.realpath(path)
         if real in read:
@@ -127,9 +129,24 @@ def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path]) ->
         written.add(real)
 
 
-def _random_samples(inputs: tuple[Value, ...], seed: int) -> Iterator[Samples]:
-    for shapes in usual_shapes(inputs):
-        yield random_samples(inputs, 1, seed, shapes)
+def _obstacle(path: Path) -> str:
+    """Return why a file cannot be written, or ""."""
+    if path.is_dir():
+        return "is a folder"
+    if path.exists() and not path.is_file():
+        return "is no ordinary file"
+    if not path.parent.is_dir():
+        return "is in a folder that does not exist"
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return ""
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+
+
+def _random_samples(model: Model, seed: int) -> Iterator[Samples]:
+    for shapes in usual_shapes(model):
+        yield random_samples(model.signature.inputs, 1, seed, shapes)
 
 
 def _run_first(loaded: LoadedModel, samples: Samples, inputs: tuple[Value, ...]) -> None:

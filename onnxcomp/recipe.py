@@ -157,7 +157,7 @@ def resolve(recipe: Recipe, flags: Mapping[str, Any]) -> Settings:
     given = {key: value for key, value in flags.items() if value is not None}
     for owner, values in ((recipe.where, recipe.settings), (None, given)):
         for key, value in values.items():
-            _check(owner or f"--{key}", key, value)
+            _check(owner or ("limits" if key == "limits" else f"--{key}"), key, value)
     merged = {**recipe.settings, **given}
     if "limits" in recipe.settings and "limits" in given:
         own = {f.name: getattr(given["limits"], f.name) for f in fields(Limits)}

@@ -75,7 +75,7 @@ class Teacher:
         outputs = list(dict.fromkeys(self._pairs.values()))
         everything = [*outputs, *(end.name for end in self.ends)]
         self._sessions = {
-            ends: Session(extract(teacher, (), names), threads=threads)
+            ends: Session(extract(its.model, (), names), threads=threads)
             for ends, names in ((False, outputs), (True, everything))
         }
 

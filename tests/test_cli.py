@@ -52,6 +52,21 @@ def start(*args, **options):
     )
 
 
+# A library in C prints whatever it likes.
+NOISY = """
+import ctypes
+from onnxcomp import cli
+inspected = cli.inspect.inspect_model
+
+def noisy(*args, **options):
+    ctypes.CDLL(None).puts(b"a line for developers")
+    return inspected(*args, **options)
+
+cli.inspect.inspect_model = noisy
+cli.main()
+"""
+
+
 def digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
@@ -182,8 +197,8 @@ def test_compress_refuses_to_overwrite_inputs(quick, tmp_path):
         assert "never overwritten" in result.stderr
     own = tmp_path / "a.recipe.yaml"
     own.write_text(QUICK)
-    result = call("compress", DIGITS, "-o", tmp_path / "a.onnx", "--recipe", own, code=2)
-    assert "-o (its recipe): " in result.stderr
+    other = ["-o", tmp_path / "a.onnx", "--recipe", own, "--max-macs", "0.5"]
+    assert "-o (its recipe): " in call("compress", DIGITS, *other, code=2).stderr
     result = call("compress", DIGITS, "-o", tmp_path / "a", "--json", tmp_path / "a", code=2)
     assert "would be written twice" in result.stderr
     assert digest(DIGITS) == before
@@ -197,13 +212,15 @@ def test_compress_refuses_to_overwrite_inputs(quick, tmp_path):
         (["--max-size", "big"], "--max-size"),
         (["--methods", "magic"], "--methods: 'methods' must be one of compress_collab"),
         (["--target", "abacus"], "--target: 'target' must be one of arm64"),
-        (["--grid", "7.5"], "--grid: 'grid' must be auto, off or a number"),
+        (["--grid", "7.5"], "--grid: 'grid' must be 'auto', 'off' or a number"),
         (["--exclude", "("], "--exclude: 'exclude' must be a regular expression"),
         (["--threads", "0"], "--threads"),
         (["--metric", "magic"], "top1, psnr"),
         (["--data", "absent.npz"], "absent.npz"),
         (["--recipe", "absent.yaml"], "absent.yaml"),
         (["--tune"], "--tune"),
+        (["--device", "cuda"], "--device: nothing is trained there without --tune"),
+        (["--dry-run", "--report", "a.html"], "--report: --dry-run makes no model"),
     ],
 )
 def test_wrong_flags_end_with_2_and_are_named(args, message, tmp_path):
@@ -218,6 +235,13 @@ def test_usage_errors_end_with_2(tmp_path):
     call("magic", code=2)
     result = call("compress", DIGITS, "-o", tmp_path / "absent" / "a.onnx", code=2)
     assert "folder that does not exist" in result.stderr
+    for flag in ("--json", "--report"):
+        args = ["-o", tmp_path / "a.onnx", flag, "/proc/a"]
+        result = call("compress", DIGITS, *args, code=2)
+        assert f"{flag}: '/proc/a' cannot be written" in result.stderr
+    result = call("inspect", DIGITS, "--json", "/dev/null", code=2)
+    assert "--json: '/dev/null' is no ordinary file" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_broken_files_end_with_2_and_one_line(tmp_path):
@@ -368,7 +392,7 @@ def test_interrupt_before_anything_is_known_writes_nothing(monkeypatch, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_dry_run_prints_the_plan_and_writes_nothing(quick, tmp_path):
+def test_dry_run_prints_the_plan_and_makes_no_model(quick, tmp_path):
     args = ["compress", DIGITS, "-o", tmp_path / "small.onnx", "--dry-run", *quick]
     result = call(*args, "--max-macs", "0.7")
     assert result.stdout.startswith("note: dry run")
@@ -378,6 +402,17 @@ def test_dry_run_prints_the_plan_and_writes_nothing(quick, tmp_path):
     assert found["result"]["macs"] <= 0.7 * found["original"]["macs"]
     assert "--max-macs" in call(*args, "--max-macs", "0.001", code=5).stderr
     assert not list(tmp_path.iterdir())
+    call(*args, "--max-macs", "0.7", "--json", tmp_path / "plan.json")
+    planned = json.loads((tmp_path / "plan.json").read_text())
+    assert planned["actions"] == found["actions"]
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_native_libraries_do_not_print_among_results():
+    command = [sys.executable, "-c", NOISY, "inspect", DIGITS, "--json", "-"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(process.stdout)["schema_version"] == 1
+    assert process.stderr == "a line for developers\n"
 
 
 def test_program_in_a_pipe_that_closes():
@@ -404,3 +439,4 @@ def test_help_names_the_program_and_its_flags():
     assert stdout.startswith("Usage: onnxcomp compress")
     for flag in ("--max-macs", "--max-drop", "--tune", "--emit", "--resume", "--dry-run"):
         assert flag in stdout
+    assert "At most so long, such as 10m" in " ".join(stdout.split())  # it may end earlier

@@ -3,11 +3,14 @@
 import json
 import zipfile
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 
 from onnxcomp import kit_script
 from onnxcomp.analysis.target import TARGETS, Calibration, find_target
+from onnxcomp.bench import paired_latency
 from onnxcomp.calibration_chains import CHAINS
 from onnxcomp.cli import bench, calibrate
 from tests.test_cli import DIGITS, SAMPLES, call
@@ -40,6 +43,27 @@ def test_calibrate_kit_has_all_chains(monkeypatch, tmp_path):
     assert [entry["name"] for entry in entries] == [*CHAINS[4:6], "digits.onnx", "A/A control"]
 
 
+@pytest.mark.parametrize("command", ["compare", "bench", "bench --kit", "calibrate --kit"])
+def test_images_are_data(command, monkeypatch, tmp_path):
+    (tmp_path / "images").mkdir()
+    image = pytest.importorskip("PIL.Image").fromarray(np.arange(64, dtype="u1").reshape(8, 8))
+    image.save(tmp_path / "images" / "0.png")
+    preprocess, out = tmp_path / "p.yaml", tmp_path / "out"
+    preprocess.write_text("{color: gray, mean: [0], std: [1]}")
+    monkeypatch.setattr(calibrate, "CHAINS", CHAINS[:1])
+    monkeypatch.setattr("onnxcomp.report.comparison._LATENCY_SECONDS", 1.0)
+    brief = partial(paired_latency, time_limit_s=1.0)
+    monkeypatch.setattr(bench, "paired_latency", brief)
+    name, *kit = command.split()
+    args = [name, DIGITS, DIGITS, "--data", tmp_path / "images"]
+    flag = "--kit" if kit else "--json"
+    assert "needs a preprocessing file" in call(*args, flag, out, code=2).stderr
+    args += ["--preprocess", preprocess]
+    assert "never overwritten" in call(*args, flag, preprocess, code=2).stderr
+    call(*args, flag, out)
+    assert out.stat().st_size
+
+
 def test_calibrate_writes_a_target(monkeypatch, tmp_path):
     found = Calibration("some cpu", "x86_64", "1.31.1", 2, 90, 0.0625, 0.25)
     asked = {}
@@ -66,11 +90,13 @@ def test_calibrate_writes_a_target(monkeypatch, tmp_path):
     [
         (["bench"], "give at least one MODEL"),
         (["bench", DIGITS, "--kit-result", "r.json"], "give only --json with it"),
+        (["bench", "--kit-result", "r.json", "--preprocess", "p.yaml"], "give only --json"),
         (["bench", "--kit-result", "absent.json"], "'absent.json' cannot be read"),
         (["bench", DIGITS, "--kit", "k.zip", "--threads", "2"], "--threads is for measure.py"),
         (["bench", DIGITS, "--kit", DIGITS], "never overwritten"),
         (["bench", DIGITS, "--kit", "absent/k.zip"], "folder that does not exist"),
-        (["calibrate", DIGITS], "models and --data are for --kit"),
+        (["calibrate", DIGITS], "models, --data and --preprocess are for --kit"),
+        (["calibrate", "--preprocess", "p.yaml"], "are for --kit"),
         (["calibrate", "--kit", "k.zip", "-o", "t.json"], "flags of measure.py"),
         (["calibrate", "--kit", "absent/k.zip"], "folder that does not exist"),
         (["calibrate", "--seconds", "0"], "--seconds"),

@@ -3,13 +3,18 @@
 import json
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+import yaml
 
+import onnxcomp
 from onnxcomp import load
 from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.target import TARGETS
 from onnxcomp.cli import compress as module
 from onnxcomp.errors import DataError
 from onnxcomp.opening import open_model
@@ -147,14 +152,16 @@ def test_out_is_there_from_the_start_and_goes_with_an_error(here, files, monkeyp
     assert not left(here)
 
 
-def test_a_file_that_was_there_stays_until_there_is_a_better_one(here, files, monkeypatch):
-    out = here / "a.onnx"
-    out.write_bytes(b"of yesterday")
-    better = wide()
+def test_a_model_that_was_there_stays_until_there_is_a_better_one(here, files, monkeypatch):
+    out, better = here / "a.onnx", wide()
+    proto = onnx.load(files["model.onnx"])
+    proto.doc_string = "of yesterday"
+    onnx.save(proto, out)
+    yesterday = digest(out)
 
     def once(model, data, *, keep, **_: object) -> None:
         keep(model)
-        assert out.read_bytes() == b"of yesterday"
+        assert digest(out) == yesterday
         raise DataError("it rains")
 
     def twice(model, data, *, keep, **_: object) -> None:
@@ -164,10 +171,69 @@ def test_a_file_that_was_there_stays_until_there_is_a_better_one(here, files, mo
 
     monkeypatch.setattr(module, "compress_model", once)
     compress(files, "-o", out, code=2)
-    assert out.read_bytes() == b"of yesterday"
+    assert digest(out) == yesterday
     monkeypatch.setattr(module, "compress_model", twice)
     assert "interrupted" in compress(files, "-o", out, code=130).stderr
     assert load(out).digest == better.digest
+
+
+@pytest.mark.parametrize("kind", ["text", "other model"])
+def test_what_is_no_such_model_makes_way_at_once(kind, here, files, monkeypatch):
+    out, original = here / "a.onnx", load(files["model.onnx"])
+    if kind == "text":
+        out.write_bytes(b"of yesterday")
+    else:
+        wide().save(out)
+
+    def interrupted(model, data, *, keep, **_: object) -> None:
+        keep(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "compress_model", interrupted)
+    compress(files, "-o", out, code=130)
+    assert load(out).digest == original.digest
+
+
+def test_the_recipe_of_a_result_runs_it_again(here, files):
+    args = ["-o", here / "a.onnx", "--data", files["samples.npz"]]
+    compress(files, "-o", here / "a.onnx", "--max-drift", "1%")
+    recipe = here / "a.recipe.yaml"
+    before = digest(here / "a.onnx"), digest(recipe)
+    call("compress", files["model.onnx"], *args, "--recipe", recipe)
+    assert (digest(here / "a.onnx"), digest(recipe)) == before
+    other = [*args, "--recipe", recipe, "--max-drift", "2%"]
+    result = call("compress", files["model.onnx"], *other, code=2)
+    assert f"-o (its recipe): '{recipe}' is an input" in result.stderr
+
+
+def test_a_target_of_a_file_is_an_input_like_others(here, files, monkeypatch):
+    target = here / "mine.json"
+    target.write_text(json.dumps(TARGETS["arm64"].to_json()))
+    args = ["--max-drift", "1%", "--target", target]
+    result = compress(files, "-o", here / "a.onnx", *args, "--json", target, code=2)
+    assert f"--json: '{target}' is an input, which is never overwritten" in result.stderr
+    args += ["--resume", here / "state"]
+    compress(files, "-o", here / "a.onnx", *args)
+    made = yaml.safe_load((here / "a.recipe.yaml").read_text())["provenance"]["target"]
+    assert made == {"path": str(target), "sha256": digest(target)}
+    target.write_text(json.dumps(TARGETS["x86-avx2"].to_json()))
+
+    def fail(*_: object) -> None:
+        raise AssertionError("of another target")
+
+    monkeypatch.setattr(LossMeter, "_visit", fail)
+    result = compress(files, "-o", here / "b.onnx", *args, code=1)
+    assert "of another target" in result.stderr
+
+
+def test_phases_take_the_time_that_passes(files):
+    model = load(files["model.onnx"])
+    start = time.monotonic()
+    limits, settings = Limits(latency=200.0), Settings(time_limit=4.0)
+    found = onnxcomp.compress(model, inputs(model), limits=limits, settings=settings)
+    passed = time.monotonic() - start
+    assert {"latency", "final latency"} <= found.report.seconds.keys()
+    assert 0.8 * passed < sum(found.report.seconds.values()) <= passed
 
 
 def test_what_was_kept_stays_after_ctrl_c(here, files, monkeypatch):

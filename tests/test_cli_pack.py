@@ -12,6 +12,7 @@ from tests.codec.models import every_kind
 from tests.codec.test_files import network
 from tests.corpus import build
 from tests.loading.graphs import loop_of_unknown_length, weight_with
+from tests.unusual import calling
 
 
 def run(*arguments: object):
@@ -33,6 +34,15 @@ def test_pack_and_unpack(profile, plain, tmp_path):
     assert f"({size:,} bytes, {size / plain.stat().st_size:.1%})" in done.stdout
     assert run("unpack", packed, "-o", back).exit_code == 0
     assert load(back).digest == load(packed).digest == network().digest
+
+
+def test_functions_come_back_as_they_were(tmp_path):
+    plain, packed, back = (tmp_path / name for name in ("a.onnx", "a.onnxc", "b.onnx"))
+    calling().save(plain)
+    assert run("pack", plain, "-o", packed).exit_code == 0
+    assert run("unpack", packed, "-o", back).exit_code == 0
+    assert back.read_bytes() == plain.read_bytes()
+    assert len(load(packed).skeleton.functions) == 2
 
 
 def test_other_commands_read_packed_files(plain, tmp_path):

@@ -259,6 +259,20 @@ def test_top1() -> None:
         score(top1, [0, 0, 0, 0], {"y": np.ones((4, 1), np.float32)})
 
 
+@pytest.mark.parametrize(
+    ("labels", "wrong"), [([1, 2, 3, 1], "3"), ([0, -1, 2, 0], "-1"), ([0, 1.5, 2, 0], "1.5")]
+)
+def test_labels_are_classes(labels: list[float], wrong: str) -> None:
+    """Those of all samples, not of the scored ones only."""
+    with pytest.raises(DataError, match=rf"label {wrong} is no class: .* from 0 to 2"):
+        score(load_metric("top1"), labels)
+    with pytest.raises(DataError, match=f"label {wrong} is no class"):
+        load_metric("top1").check_labels(SCORES, np.asarray([*range(3), *labels]))
+    assert score(load_metric("top1"), [0.0, 1.0, 2.0, 0.0]) == 1.0
+    for spec in ("agreement", "psnr"):
+        load_metric(spec).check_labels(SCORES, np.asarray(labels))
+
+
 def test_agreement_needs_no_labels() -> None:
     agreement = load_metric("agreement")
     assert score(agreement, None) == 1.0

@@ -70,7 +70,7 @@ def test_every_setting_differs_in_the_round_trip():
 
 
 @given(
-    macs=st.floats(1e-3, 1e12) | st.none(),
+    macs=st.floats(1e-3, 1) | st.floats(1e3, 1e12) | st.none(),
     memory=st.floats(1, 1e15),
     exclude=st.text(st.characters(categories=("L", "N", "Z", "P")), max_size=20).map(
         lambda text: "".join(f"[{c}]" for c in text if c not in "[]\\^") or None
@@ -157,6 +157,11 @@ def test_wrong_values_name_the_flag_or_the_file(tmp_path):
     recipe = load_recipe(write(tmp_path, target="abacus"))
     with pytest.raises(ParameterError, match=r"recipe\.yaml: 'target' must be one of"):
         resolve(recipe, {})
+    recipe = load_recipe(write(tmp_path, limits={"size": 1.5}))
+    with pytest.raises(ParameterError, match=r"recipe\.yaml: 'size' of 1\.5 is neither"):
+        resolve(recipe, {})
+    with pytest.raises(ParameterError, match=r"^limits: 'macs' of 2 is neither"):
+        resolve(Recipe(), {"limits": Limits(macs=2)})
 
 
 def test_bare_off_is_not_false(tmp_path):

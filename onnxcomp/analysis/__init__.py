@@ -8,6 +8,7 @@ from functools import cached_property
 from onnxcomp.analysis.blocks import Block, Repetition, find_blocks, find_repetitions
 from onnxcomp.analysis.channels import Channels, find_channels
 from onnxcomp.analysis.cost import Cost, node_costs, total_cost
+from onnxcomp.analysis.functions import inlined
 from onnxcomp.analysis.linear import Linear, find_linears
 from onnxcomp.analysis.ownership import Owner, find_owners
 from onnxcomp.analysis.probe import probe_feeds
@@ -17,10 +18,10 @@ from onnxcomp.samples import Samples
 
 
 class Analysis:
-    """Everything that passes and search ask about a model.
+    """Everything that passes and search ask about a model, its local functions inlined.
 
     Args:
-        model: The model.
+        model: The model, which stays as `source`; `model` is the one without functions.
         samples: Inputs of the user; where there are none, random ones probe the shapes.
         seed: Seed of everything that is drawn at random.
         threads: Threads of every onnxruntime session.
@@ -29,7 +30,8 @@ class Analysis:
     def __init__(
         self, model: Model, samples: Samples | None = None, *, seed: int = 0, threads: int = 1
     ) -> None:
-        self.model = model
+        self.source = model
+        self.model = inlined(model)
         self.samples = samples
         self.seed = seed
         self.threads = threads
@@ -51,7 +53,7 @@ class Analysis:
 
     @property
     def not_linear(self) -> Mapping[str, str]:
-        """Why a Conv, ConvTranspose, Gemm or MatMul is not treated as a linear node."""
+        """Why a Conv, ConvTranspose, Gemm, MatMul or call is not treated as a linear node."""
         return self._linears[1]
 
     @cached_property

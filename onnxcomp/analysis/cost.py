@@ -1,8 +1,9 @@
 """What a model costs: parameters, multiply-accumulates and bytes, per node and in total.
 
-Parameters are the elements of all float initializers and Constant tensors, a shared tensor
-counted once.  MACs are those of one sample at the probe run's shapes: Conv, ConvTranspose,
-Gemm, MatMul (also of two activations) and recurrent nodes; bodies of subgraphs do not count.
+Parameters are the elements of all float initializers and Constant tensors, and of the integers
+that a DequantizeLinear turns into floats; a shared tensor is counted once.  MACs are those of
+one sample at the probe run's shapes: Conv, ConvTranspose, Gemm, MatMul (also of two
+activations) and recurrent nodes; bodies of subgraphs do not count.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def node_costs(
         if node.op == "Constant":
             arrays = {f"{node.id}.{k}": np.asarray(v) for k, v in node.attrs.items()}
         for name, array in arrays.items():
-            if name not in counted and is_parameter(array):
+            stored = node.op == "DequantizeLinear" and name == node.inputs[0]
+            if name not in counted and (stored or is_parameter(array)):
                 counted.add(name)
                 params += array.size
                 weight_bytes += array.nbytes

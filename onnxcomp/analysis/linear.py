@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from onnxcomp.analysis.quantised import is_quantised
 from onnxcomp.analysis.target import Convolution
 from onnxcomp.model import Array, Model, Node
 from onnxcomp.runtime import TensorFact
@@ -202,11 +203,14 @@ def find_linears(
 
     Returns:
         The linear nodes, and by node id why a Conv, ConvTranspose, Gemm or MatMul is not
-        treated as one.
+        treated as one, nor the call of a local function.
     """
     found: list[Linear] = []
     refused: dict[str, str] = {}
+    functions = {f"{f.domain}::{f.name}" for f in model.skeleton.functions}
     for node in model.nodes:
+        if node.op in functions:
+            refused[node.id] = "its function has another operator set and was not inlined"
         if node.op not in LINEAR_OPS:
             continue
         reason = _refusal(model, tensors, node)
@@ -222,6 +226,8 @@ def find_linears(
 def _refusal(model: Model, tensors: Mapping[str, TensorFact], node: Node) -> str:
     weight = node.input(1)
     array = model.weights.get(weight)
+    if array is None and is_quantised(model, node):
+        return "it is quantised"
     if array is None:
         return "its weight is not an initializer"
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":

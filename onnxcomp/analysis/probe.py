@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TypeGuard
 
 import numpy as np
 
 from onnxcomp.analysis.constants import Constants
+from onnxcomp.analysis.functions import inlined
 from onnxcomp.errors import ExecutionError, UnsupportedModelError
-from onnxcomp.model import Array, Model, Value
+from onnxcomp.model import Array, Model, Node
 from onnxcomp.runtime import capture_tensors
 from onnxcomp.samples import Samples, random_samples
 
 # Sizes tried for symbolic axes behind the batch, most usual first.
 _SIZES = (224, 320, 64, 256, 128, 32, 640, 512, 96, 16, 1, 576)
+_MOST_ELEMENTS = 2**23  # of an input of such sizes
 _ARITHMETIC = ("Add", "Sub", "Mul", "Div")
 _LAYOUT = ("Cast", "Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze")
+_SAME = ("Cast", "Identity", "QuantizeLinear", "DequantizeLinear")  # values of one shape
+_KEPT = (*_SAME, *_ARITHMETIC, "Clip", "Pad", "Relu")  # channels stay where they are
 
 
 def probe_feeds(
@@ -44,9 +49,10 @@ def random_inputs(model: Model, count: int, *, seed: int = 0) -> Samples:
     Raises:
         UnsupportedModelError: No random input of a usual size runs; give samples.
     """
+    model = inlined(model)
     inputs = model.signature.inputs
     reason = "its inputs have unknown rank"
-    for shapes in usual_shapes(inputs):
+    for shapes in usual_shapes(model):
         samples = random_samples(inputs, 1, seed, shapes)
         try:
             capture_tensors(model, next(iter(samples.batches(inputs, 1))).feed)
@@ -59,22 +65,85 @@ def random_inputs(model: Model, count: int, *, seed: int = 0) -> Samples:
     )
 
 
-def usual_shapes(inputs: tuple[Value, ...]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Yield full input shapes, by name, in which open axes have usual sizes."""
+def usual_shapes(model: Model) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Yield full input shapes, by name, in which open axes have usual sizes.
+
+    An open axis of channels has as many as the first weight that they meet takes.
+
+    Args:
+        model: The model; its weights may lack their values.
+    """
+    inputs = model.signature.inputs
     if any(value.shape is None for value in inputs):
         return
     declared = {value.name: value.shape or () for value in inputs}
     # A name that recurs within one input, such as "?", names nothing.
     batch = {dims[0] for dims in declared.values() if dims and dims.count(dims[0]) == 1}
-    open_dims = {dim for dims in declared.values() for dim in dims if not _known(dim)}
-    for size in _SIZES if open_dims - batch else _SIZES[:1]:
-        yield {
+    for name, dims in declared.items():
+        axis, channels = _channels(model, name, len(dims)) or (0, 0)
+        if axis and not _known(dims[axis]) and (dims[axis] is None or dims[axis] not in batch):
+            declared[name] = (*dims[:axis], channels, *dims[axis + 1 :])
+    free = {dim for dims in declared.values() for dim in dims if not _known(dim)} - batch
+    for size in _SIZES if free else _SIZES[:1]:
+        shapes = {
             name: tuple(
                 dim if _known(dim) else (1 if axis == 0 or (dim and dim in batch) else size)
                 for axis, dim in enumerate(dims)
             )
             for name, dims in declared.items()
         }
+        most = max(map(math.prod, shapes.values()), default=0)
+        if most <= _MOST_ELEMENTS or size == 1 or not free:
+            yield shapes
+
+
+def _channels(model: Model, name: str, rank: int) -> tuple[int, int] | None:
+    """Return the axis of an input's channels and their number, as the first weight tells."""
+    weights = _weight_shapes(model)
+    waiting = [(name, tuple(range(rank)))]
+    seen = set[str]()
+    while waiting:
+        name, axes = waiting.pop(0)
+        for use in model.readers.get(name, ()):
+            node, shape = use.node, weights.get(use.node.input(1), ())
+            if use.index == 0 and len(axes) > 1 and (found := _taken(node, shape)):
+                return axes[found[0]], found[1]
+            if node.id in seen or not (node.op in _KEPT or node.op == "Transpose"):
+                continue
+            seen.add(node.id)
+            order = tuple(range(rank))
+            if node.op == "Transpose":
+                order = node.attrs.get("perm", order[::-1])
+            if sorted(order) == list(range(rank)):  # not so in a broken file
+                waiting.append((node.id, tuple(axes[a] for a in order)))
+    return None
+
+
+def _weight_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of initializers and constants, quantised ones as well."""
+    shapes = {t.name: tuple(t.dims) for t in model.skeleton.graph.initializer}
+    for node in model.nodes:
+        if node.op == "Constant":
+            found = (tuple(a.t.dims) for a in node.proto.attribute if a.name == "value")
+            shapes[node.id] = next(found, ())
+        elif node.op in _SAME and node.input(0) in shapes:
+            shapes[node.id] = shapes[node.input(0)]
+    return shapes
+
+
+def _taken(node: Node, weight: tuple[int, ...]) -> tuple[int, int] | None:
+    """Return the axis of a node's data on which its weight works, and how long it must be."""
+    if node.op in ("BatchNormalization", "InstanceNormalization") and len(weight) == 1:
+        return 1, weight[0]
+    if len(weight) < 2:
+        return None
+    if node.op == "Conv":
+        return 1, weight[1] * node.attrs.get("group", 1)
+    if node.op == "ConvTranspose":
+        return 1, weight[0]
+    if node.op == "Gemm":
+        return 1 - node.attrs.get("transA", 0), weight[node.attrs.get("transB", 0)]
+    return (-1, weight[-2]) if node.op == "MatMul" else None
 
 
 def pixel_ranges(model: Model) -> dict[str, tuple[float, float]]:

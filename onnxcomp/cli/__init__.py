@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import traceback
 from typing import Annotated, Any
@@ -55,7 +56,11 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; stdout is for results alone, whatever native libraries print."""
+    out = sys.__stdout__
+    if out is not None and sys.__stderr__ is not None and sys.stdout is out:
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding=out.encoding)
+        os.dup2(2, 1)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of tensors are anything

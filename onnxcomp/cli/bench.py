@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from onnxcomp.bench import Benchmark, paired_latency
-from onnxcomp.cli.options import Data, Json, Threads
+from onnxcomp.cli.options import Data, Json, Preprocess, Threads
 from onnxcomp.cli.output import emit, inputs_of, warn
 from onnxcomp.errors import ParameterError
 from onnxcomp.json_fields import read_json
@@ -30,6 +30,7 @@ def bench(
     models: Annotated[list[Path] | None, typer.Argument(metavar="MODEL...")] = None,
     threads: Threads = None,
     data: Data = None,
+    preprocess: Preprocess = None,
     kit: Kit = None,
     kit_result: Annotated[
         Path | None,
@@ -43,7 +44,7 @@ def bench(
     device, whose result --kit-result shows.
     """
     if kit_result is not None:
-        if models or kit or data or threads:
+        if models or kit or data or preprocess or threads:
             raise ParameterError("--kit-result shows a measurement; give only --json with it")
         check_outputs({"--json": json_file}, [kit_result])
         names, found = parse_result(read_json(kit_result), str(kit_result)).benchmark()
@@ -56,15 +57,20 @@ def bench(
             raise ParameterError(
                 f"--kit measures nothing; --threads is for {SCRIPT}, --json for --kit-result"
             )
-        write_model_kit(kit, models, data)
+        write_model_kit(kit, models, data, preprocess)
         return
-    opened, feed = _open_all(models, data, {"--json": json_file})
+    opened, feed = _open_all(models, data, preprocess, {"--json": json_file})
     names = [str(path) for path in models]
     _show(names, paired_latency(opened, feed, threads=threads or 1), json_file)
 
 
 def write_model_kit(
-    kit: Path, models: Sequence[Path], data: Path | None, *, chains: Sequence[str] = ()
+    kit: Path,
+    models: Sequence[Path],
+    data: Path | None = None,
+    preprocess: Path | None = None,
+    *,
+    chains: Sequence[str] = (),
 ) -> None:
     """Write a kit and say what to do with it.
 
@@ -72,9 +78,10 @@ def write_model_kit(
         kit: The zip.
         models: Models to compare with the first of them.
         data: Their samples, of which the first is used.
+        preprocess: How images become inputs.
         chains: Micro-chains to measure, too.
     """
-    opened, feed = _open_all(models, data, {"--kit": kit}) if models else ([], {})
+    opened, feed = _open_all(models, data, preprocess, {"--kit": kit}) if models else ([], {})
     check_outputs({"--kit": kit}, [])
     named = [(clean(path.name), model) for path, model in zip(models, opened, strict=True)]
     write_kit(kit, chains=chains, models=named, feeds=feed)
@@ -87,11 +94,15 @@ def write_model_kit(
 
 
 def _open_all(
-    models: Sequence[Path], data: Path | None, outputs: dict[str, Path | None]
+    models: Sequence[Path],
+    data: Path | None,
+    preprocess: Path | None,
+    outputs: dict[str, Path | None],
 ) -> tuple[list[Model], dict[str, Array]]:
     """Return models that take the same inputs, and the first sample of the first one."""
-    opened = [open_model(path, data) for path in models]
-    check_outputs(outputs, inputs_of([f for one in opened for f in one.model.files], data))
+    opened = [open_model(path, data, preprocess=preprocess) for path in models]
+    files = [file for one in opened for file in one.model.files]
+    check_outputs(outputs, inputs_of(files, data, preprocess))
     taken = [[value.name for value in one.model.signature.inputs] for one in opened]
     for path, names in zip(models, taken, strict=True):
         if names != taken[0]:

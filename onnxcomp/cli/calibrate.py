@@ -18,7 +18,7 @@ from onnxcomp.calibration import SECONDS
 from onnxcomp.calibration import calibrate as calibrate_target
 from onnxcomp.calibration_chains import CHAINS
 from onnxcomp.cli.bench import Kit, write_model_kit
-from onnxcomp.cli.options import Data, Quiet, Threads
+from onnxcomp.cli.options import Data, Preprocess, Quiet, Threads
 from onnxcomp.cli.output import emit, stderr
 from onnxcomp.errors import ParameterError
 from onnxcomp.kit import SCRIPT
@@ -38,6 +38,7 @@ def calibrate(
     ] = None,
     kit: Kit = None,
     data: Data = None,
+    preprocess: Preprocess = None,
     seconds: Annotated[float, typer.Option(min=1, help="Time of the measurement.")] = SECONDS,
     threads: Threads = None,
     quiet: Quiet = False,
@@ -51,10 +52,10 @@ def calibrate(
             raise ParameterError(
                 f"--kit measures nothing; -o, --seconds and --threads are flags of {SCRIPT}"
             )
-        write_model_kit(kit, models or [], data, chains=CHAINS)
+        write_model_kit(kit, models or [], data, preprocess, chains=CHAINS)
         return
-    if models or data:
-        raise ParameterError("calibrate: models and --data are for --kit")
+    if models or data or preprocess:
+        raise ParameterError("calibrate: models, --data and --preprocess are for --kit")
     path = out or Path("target.json")
     check_outputs({"-o": path}, [])
     with ProgressView(stderr(), quiet=quiet) as progress:

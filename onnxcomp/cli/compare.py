@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from onnxcomp.cli.options import Data, Drift, Drop, Json, Metric, Speedup
+from onnxcomp.cli.options import Data, Drift, Drop, Json, Metric, Preprocess, Speedup
 from onnxcomp.cli.output import emit, inputs_of, warn
 from onnxcomp.metrics import load_metric
 from onnxcomp.opening import check_outputs, open_model
@@ -20,6 +20,7 @@ def compare(
     original: Annotated[Path, typer.Argument(metavar="A", help="The original.")],
     candidate: Annotated[Path, typer.Argument(metavar="B", help="The candidate.")],
     data: Data = None,
+    preprocess: Preprocess = None,
     metric: Metric = None,
     max_drop: Drop = None,
     max_drift: Drift = None,
@@ -31,8 +32,10 @@ def compare(
     Without --metric, --max-drop means top-1 where the data have labels, else the share of
     samples on which the two models disagree.
     """
-    first, second = open_model(original, data), open_model(candidate, data)
-    inputs = inputs_of((*first.model.files, *second.model.files), data)
+    first, second = (
+        open_model(path, data, preprocess=preprocess) for path in (original, candidate)
+    )
+    inputs = inputs_of((*first.model.files, *second.model.files), data, preprocess)
     check_outputs({"--json": json_file}, inputs)
     if metric is None and max_drop is not None:
         metric = "agreement" if first.samples.labels is None else "top1"

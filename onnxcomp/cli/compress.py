@@ -11,6 +11,7 @@ import typer
 
 from onnxcomp import codec
 from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.target import TARGETS
 from onnxcomp.cli.options import (
     Data,
     Device,
@@ -41,11 +42,11 @@ from onnxcomp.cli.options import (
     Tune,
 )
 from onnxcomp.cli.output import complain, emit, inputs_of, stderr, warn
-from onnxcomp.errors import LimitError, ParameterError
-from onnxcomp.loading import write_model, write_text
+from onnxcomp.errors import LimitError, OnnxcompError, ParameterError
+from onnxcomp.loading import load, write_model, write_text
 from onnxcomp.metrics import load_metric
-from onnxcomp.model import Model
-from onnxcomp.opening import STDOUT, Opened, check_outputs, open_model
+from onnxcomp.model import Model, Signature
+from onnxcomp.opening import Opened, check_outputs, open_model
 from onnxcomp.recipe import Recipe, dump_recipe, load_recipe, provenance, resolve
 from onnxcomp.report.html import render
 from onnxcomp.report.inspection import layer_changes
@@ -97,27 +98,27 @@ def compress(
     """
     flags: dict[str, Any] = {"exclude": exclude, "target": target, "grid": grid}
     flags |= {"device": device, "memory": memory, "seed": seed, "threads": threads}
+    flags |= {"tune": tune or None, "time_limit": time_limit, "force": force or None}
     flags |= {
         "limits": Limits(max_macs, max_params, max_size, max_latency, max_drop, max_drift),
         "methods": None if methods is None else tuple(methods.split(",")),
         "emit": _form(out, emitted),
-        "tune": tune or None,
-        "time_limit": time_limit,
-        "force": force or None,
     }
-    settings, metric = _resolved(recipe, flags, metric)
-    outputs = _Outputs(out, out.with_suffix(".recipe.yaml"), report, json_file)
+    settings, metric, same = _resolved(recipe, flags, metric)
+    _check_used(settings, device, report, dry_run)
+    outputs = _Outputs.of(out, report, json_file, recipe if same else None)
+    sources = {"model": model, "data": data, "preprocess": preprocess}
+    sources["target"] = None if settings.target in TARGETS else Path(settings.target)
     with ProgressView(stderr(), quiet=quiet, time_limit_s=settings.time_limit) as progress:
         opened = open_model(model, data, preprocess=preprocess, seed=settings.seed)
-        inputs = inputs_of(opened.model.files, data, preprocess, recipe)
+        inputs = inputs_of(opened.model.files, recipe, *sources.values())
         check_outputs(outputs.by_flag(), inputs)
         best = _BestSoFar(out, settings.emit, inputs)
         result = _search(opened, settings, metric, best, progress, dry_run, resume)
     warn(opened.warnings)
     if dry_run:
         return _show_plan(result, json_file)
-    sources = provenance({"model": model, "data": data, "preprocess": preprocess})
-    text = dump_recipe(settings, metric=metric, provenance=sources)
+    text = dump_recipe(settings, metric=metric, provenance=provenance(sources))
     return _deliver(result, opened, text, outputs, inputs)
 
 
@@ -146,15 +147,29 @@ def _write(model: Model, path: Path, emitted: str, inputs: Iterable[Path]) -> in
 
 def _resolved(
     recipe: Path | None, flags: Mapping[str, Any], metric: str | None
-) -> tuple[Settings, str | None]:
-    """Return settings and metric: flags over the recipe over defaults."""
+) -> tuple[Settings, str | None, bool]:
+    """Return settings and metric, and whether they are the recipe's own.
+
+    Flags beat the recipe, the recipe beats the defaults.
+    """
     base = Recipe() if recipe is None else load_recipe(recipe)
     settings = resolve(base, flags)
     if settings.emit == "onnxc" and flags["emit"] is None:
         raise ParameterError(
             f"-o: the recipe makes a packed file, so that the name must end in {PACKED_SUFFIX}"
         )
-    return settings, metric or base.metric
+    metric = metric or base.metric
+    return settings, metric, (settings, metric) == (resolve(base, {}), base.metric)
+
+
+def _check_used(
+    settings: Settings, device: str | None, page: Path | None, dry_run: bool
+) -> None:
+    """Refuse flags that would do nothing beside the others."""
+    if device is not None and not settings.tune:
+        raise ParameterError("--device: nothing is trained there without --tune")
+    if page is not None and dry_run:
+        raise ParameterError("--report: --dry-run makes no model; --json has its plan")
 
 
 def _search(
@@ -189,30 +204,48 @@ class _BestSoFar:
         self._path = path
         self._emitted = emitted
         self._inputs = inputs
-        self._skip = self._there = path.exists()
+        self._first = True
+        self._made = False  # by this run, where there was no model that stands for the input
 
     def write(self, model: Model) -> None:
-        """Write a model; the first, which is the input, only where there is no file yet."""
-        if not self._skip:
-            _write(model, self._path, self._emitted, self._inputs)
-        self._skip = False
+        """Write a model; not the first, the input, where a model with its signature is."""
+        first, self._first = self._first, False
+        if first and _is_model(self._path, model.signature):
+            return
+        _write(model, self._path, self._emitted, self._inputs)
+        self._made |= first
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, Exception) and not self._there:
+        if kind is not None and issubclass(kind, Exception) and self._made:
             for file in (self._path, self._path.with_name(self._path.name + ".data")):
                 file.unlink(missing_ok=True)
+
+
+def _is_model(path: Path, signature: Signature) -> bool:
+    """Whether a file holds a model that takes and gives the same."""
+    try:
+        return load(path).signature == signature
+    except OnnxcompError:
+        return False
 
 
 class _Outputs(NamedTuple):
     """The files that `compress` writes."""
 
     model: Path
-    recipe: Path
+    recipe: Path | None
     page: Path | None
     json: Path | None
+
+    @classmethod
+    def of(cls, model: Path, page: Path | None, json: Path | None, read: Path | None) -> Self:
+        """Return the files, without the recipe where `read` says the same in its place."""
+        recipe = model.with_suffix(".recipe.yaml")
+        stays = read is not None and recipe.exists() and recipe.samefile(read)
+        return cls(model, None if stays else recipe, page, json)
 
     def by_flag(self) -> dict[str, Path | None]:
         """Return the files by the flag that names them."""
@@ -222,7 +255,7 @@ class _Outputs(NamedTuple):
 def _show_plan(result: Result, json_file: Path | None) -> None:
     """Print what a compression would do, and tell by the exit code whether it is enough."""
     payload = {**result.report.to_json(), "dry_run": True}
-    emit(json_file if json_file == STDOUT else None, payload, plan_view(result.report))
+    emit(json_file, payload, plan_view(result.report))
     if not result.met:
         raise LimitError(f"limit not met: {'; '.join(unmet_limits(result.report))}")
 
@@ -238,7 +271,8 @@ def _deliver(
     report = result.report
     written = _write(result.model, outputs.model, report.settings.emit, inputs)
     report = replace(report, result=replace(report.result, file_bytes=written))
-    write_text(outputs.recipe, recipe, inputs=inputs)
+    if outputs.recipe is not None:
+        write_text(outputs.recipe, recipe, inputs=inputs)
     if outputs.page is not None:
         before, after = (Analysis(m, opened.samples) for m in (opened.model, result.model))
         page = render(report, layer_changes(before, after))

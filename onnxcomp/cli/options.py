@@ -61,7 +61,11 @@ Params = Annotated[float | None, _limit("--max-params", "parameters")]
 Size = Annotated[float | None, _limit("--max-size", "bytes of the file")]
 Latency = Annotated[
     float | None,
-    _limit("--max-latency", "time of one sample (0.6, 4ms)", _parser(parse_latency)),
+    _limit(
+        "--max-latency",
+        "time of a run, at batch 1 or as declared (0.6, 4ms)",
+        _parser(parse_latency),
+    ),
 ]
 MaxDrop = Annotated[
     float | None, _limit("--max-drop", "points of the metric lost on new samples (1%)")
@@ -80,7 +84,7 @@ TimeLimit = Annotated[
     typer.Option(
         parser=_parser(parse_duration),
         metavar="TIME",
-        help="Work so long, such as 10m, and keep the best.",
+        help="At most so long, such as 10m; the best so far is kept.",
     ),
 ]
 Resume = Annotated[
@@ -108,7 +112,7 @@ Memory = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of everything that is drawn.")]
 Force = Annotated[bool, typer.Option("--force", help="Keep a larger or slower result.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan; make no model.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Drop = Annotated[
     float | None,

@@ -78,6 +78,7 @@ def unpack(path: FilePath, *, limits: LoadLimits | None = None) -> Model:
             consume=True,
             files=(file.path,),
             file_bytes=file.size,
+            packed=True,
         )
 
 

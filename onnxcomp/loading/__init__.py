@@ -47,4 +47,5 @@ def as_model(loaded: LoadedModel) -> Model:
         files=loaded.files,
         file_bytes=loaded.file_bytes,
         foreign_ops=loaded.foreign_ops,
+        packed=loaded.packed,
     )

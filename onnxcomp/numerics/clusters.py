@@ -12,6 +12,7 @@ _FEWEST = 4  # samples per cluster on average
 _WIDEST = 4096  # columns; more are projected at random, which keeps distances about
 _PROJECTED, _COMPONENTS = 64, 16
 _ROUNDS = 20
+_DIGITS = 9  # of points around 1 in all; what differs below is the same sample again
 
 
 def clusters(arrays: Sequence[NDArray[Any]], seed: int) -> NDArray[np.int64]:
@@ -33,7 +34,8 @@ def clusters(arrays: Sequence[NDArray[Any]], seed: int) -> NDArray[np.int64]:
     if wanted < 2 or not columns:
         return np.zeros(count, np.int64)
     left, scale, _ = np.linalg.svd(np.concatenate(columns, axis=1), full_matrices=False)
-    points = (left * scale)[:, :_COMPONENTS]
+    points = (left * scale)[:, :_COMPONENTS].round(_DIGITS)
+    wanted = min(wanted, len(np.unique(points, axis=0)))  # more would be empty
     _, found = kmeans2(points, wanted, iter=_ROUNDS, minit="++", rng=rng)
     return np.asarray(found, np.int64)
 

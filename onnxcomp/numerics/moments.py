@@ -187,6 +187,7 @@ class MomentsBuilder:
         self._yy = np.zeros(m)
         self._shift: tuple[Rows, Rows] | None = None
 
+    @np.errstate(over="ignore", invalid="ignore")  # `finish` refuses what comes of it
     def add(self, x: ArrayLike, y: ArrayLike) -> None:
         """Add rows x (n, d) and targets y (n, m), float32 or float64.
 
@@ -231,7 +232,7 @@ class MomentsBuilder:
         yx = self._yx / n - np.outer(y_mean, x_mean)
         yy = np.clip(self._yy / n - y_mean**2, 0.0, None)
         np.fill_diagonal(xx, np.clip(np.diag(xx), 0.0, None))
-        if not np.isfinite(np.trace(xx) + yy.sum()):
+        if not (np.isfinite(np.trace(xx) + yy.sum()) and np.isfinite(yx).all()):
             raise DataError(f"{n} rows hold NaN or Inf; look for them in the samples")
         shrinkage = d / (d + n) if n < 10 * d else 0.0
         if shrinkage:

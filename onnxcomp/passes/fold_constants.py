@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from onnxcomp.analysis.quantised import dequantised, is_quantised
 from onnxcomp.model import Array, Node
 from onnxcomp.passes._evaluate import MAX_ELEMENTS, evaluate
 from onnxcomp.passes._graph import GraphView
@@ -38,7 +39,8 @@ class FoldConstants:
 
     A result is kept where it has at most 1024 elements, takes no more bytes than what goes
     away with it, or is a weight of a linear, recurrent or normalising node.  Of weights that
-    are joined from parts, common parts are not copied.
+    are joined from parts, common parts are not copied; those of quantised nodes, which take
+    dequantised data as well, stay in integers.
     """
 
     name: ClassVar[str] = "fold_constants"
@@ -80,6 +82,7 @@ class _Folding:
         for node in view.live:
             self._evaluate(node)
         self._folded: set[str] = set()
+        self._quantised = _quantised_weights(view)
         self._decide()
 
     def _evaluate(self, node: Node) -> None:
@@ -112,6 +115,8 @@ class _Folding:
 
     def _reason_to_stay(self, node: Node) -> str | None:
         view = self._view
+        if node.id in self._quantised:
+            return "it makes a weight of a quantised node"
         names = [name for name in node.outputs if name]
         for name in names:
             if (reason := view.fixed(name)) is not None:
@@ -162,3 +167,15 @@ class _Folding:
             else:
                 waiting += [(i, maker) for i in maker.inputs]
         return total
+
+
+def _quantised_weights(view: GraphView) -> frozenset[str]:
+    """Return the nodes between the integers of a quantised node's weights and that node."""
+    model = view.model
+    return frozenset(
+        maker.id
+        for node in view.live
+        if node.op in _WEIGHT_INPUTS and is_quantised(model, node)
+        for index in _WEIGHT_INPUTS[node.op]
+        for maker in dequantised(model, node.input(index))
+    )

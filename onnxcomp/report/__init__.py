@@ -30,7 +30,8 @@ class Figures:
         params: Parameters, shared tensors counted once.
         macs: Multiply-accumulates per sample.
         file_bytes: Size of the file with its external data.
-        median_ms: Median latency at batch 1; None where it was not measured.
+        median_ms: Median latency of a run at batch 1, or at the declared batch; None where it
+            was not measured.
     """
 
     params: int
@@ -42,7 +43,7 @@ class Figures:
     def of(cls, facts: Analysis, benchmark: Benchmark | None, index: int) -> Figures:
         """Return the figures of an analysed model that is number `index` in a benchmark."""
         ms = None if benchmark is None else benchmark.models[index].median_ms
-        return cls(facts.cost.params, facts.cost.macs, facts.model.file_bytes, ms)
+        return cls(facts.cost.params, facts.cost.macs, facts.source.file_bytes, ms)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Report:
         changed_macs: Share of the original's MACs in nodes that were changed.
         met: Whether all limits hold.
         settings: The resolved settings.
+        predicted: The result's share of the original's time on a target that is another
+            machine; None where the target is this one.
     """
 
     original: Figures
@@ -93,6 +96,7 @@ class Report:
     changed_macs: float
     met: bool
     settings: Settings
+    predicted: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values; infinite numbers become None."""

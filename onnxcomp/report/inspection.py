@@ -156,11 +156,12 @@ def inspect_model(
 
     Args:
         model: The model.
-        facts: Its analysis; None for a model that cannot be run, of which only the parts
-            that need no shapes are told.
+        facts: Its analysis, whose local functions are inlined; None for a model that cannot
+            be run, of which only the parts that need no shapes are told.
         notes: What the reader must know first.
     """
-    costs = node_costs(model, {}, {}) if facts is None else facts.costs
+    graph = model if facts is None else facts.model
+    costs = node_costs(graph, {}, {}) if facts is None else facts.costs
     total = total_cost(costs)
     tensors = {} if facts is None else facts.tensors
     return Inspection(
@@ -172,15 +173,15 @@ def inspect_model(
         producer=_producer(model),
         inputs=tuple(Port.of(value) for value in model.signature.inputs),
         outputs=tuple(Port.of(value) for value in model.signature.outputs),
-        operators=_operators(model),
+        operators=_operators(graph),
         foreign_ops=model.foreign_ops,
         cost=total,
         layers=tuple(
             _layer(node, costs[node.id], total, tensors)
-            for node in model.nodes
+            for node in graph.nodes
             if costs[node.id].params or costs[node.id].macs
         ),
-        shared=_shared(model),
+        shared=_shared(graph),
         blocks=() if facts is None else facts.blocks,
         repetitions=() if facts is None else facts.repetitions,
         groups=() if facts is None else _groups(facts),

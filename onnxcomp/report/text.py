@@ -99,13 +99,26 @@ def _unmet_judgement(report: Report, limits: Limits) -> list[str]:
         broken.append(f"--max-drop {limits.drop:.2%}: found {seen.drop:.2%}")
     if limits.drift is not None and seen is not None and seen.relative_l2 > limits.drift:
         broken.append(f"--max-drift {limits.drift:g}: found {seen.relative_l2:.3g}")
-    if limits.latency is not None and report.benchmark is not None:
-        timing, base = report.benchmark.models[1], report.benchmark.models[0]
-        absolute = limits.latency > 1
-        share = limits.latency / (1e3 * base.median_ms) if absolute else limits.latency
-        if 1.0 / timing.ratio.high > share * (1 + _TIMING_NOISE):
-            broken.append(f"--max-latency {share:.2f}: found {1.0 / timing.ratio.value:.2f}")
-    return broken
+    return broken + _unmet_latency(report, limits.latency)
+
+
+def _unmet_latency(report: Report, limit: float | None) -> list[str]:
+    """Return the limit on the time if the result breaks it."""
+    if limit is None:
+        return []
+    if report.predicted is not None:
+        late = limit < report.predicted and limit <= 1
+        return [f"--max-latency {limit:.2f}: predicted {report.predicted:.2f}"] if late else []
+    if report.benchmark is None:
+        return []
+    base, timing = report.benchmark.models
+    absolute = limit > 1
+    share = limit / (1e3 * base.median_ms) if absolute else limit
+    if 1.0 / timing.ratio.high <= share * (1 + _TIMING_NOISE):
+        return []
+    if absolute:
+        return [f"--max-latency {limit / 1e3:g}ms: found {timing.median_ms:.3g}ms"]
+    return [f"--max-latency {share:.2f}: found {1.0 / timing.ratio.value:.2f}"]
 
 
 def report_view(report: Report) -> RenderableType:
@@ -131,7 +144,7 @@ def report_view(report: Report) -> RenderableType:
 
 def plan_view(report: Report) -> RenderableType:
     """Return the tables of a dry run: what would be done, and the figures it predicts."""
-    dry = "dry run: the figures are predicted, and nothing was written"
+    dry = "dry run: the figures are predicted, and no model was made"
     parts: list[RenderableType] = [*_notes((dry, *report.notes))]
     parts.append(_figures("predicted", report.original, report.result, None))
     parts.append(_actions(report.actions, report.original.macs))

@@ -170,10 +170,13 @@ def _drift(rows: Array) -> float:
 
 
 def _jackknife(statistic: Callable[[npt.NDArray[np.int64]], float], count: int) -> float:
-    """Return the standard error of a statistic of samples, by deleting groups of them."""
+    """Return the standard error of a statistic of samples, by deleting groups of them.
+
+    One sample alone tells nothing of it, so that it is infinite then.
+    """
     groups = min(count, _GROUPS)
     if groups < 2:
-        return 0.0
+        return math.inf
     label = np.arange(count) % groups
     values = [statistic(np.flatnonzero(label != g)) for g in range(groups)]
     return _standard_error(values)

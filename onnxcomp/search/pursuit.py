@@ -96,7 +96,10 @@ class Pursuit:
                 self._find()
         except TimeLimitReached as reached:
             self._notes.append(f"{reached}; the best so far was kept")
-        late = sum(refusal.reason == LATE for refusal in self._search.refusals)
+            if self.best.candidate is plain:
+                self.best = Outcome(plain, self._holds(plain))
+        plan = self.best.candidate.plan
+        late = sum(refusal.reason == LATE for refusal in self._search.refusals(plan))
         if late:
             self._notes.append(f"the time limit left {late} nodes and groups unmeasured")
         return self.best
@@ -164,7 +167,7 @@ class Pursuit:
             seen.add(candidate.model.digest)
             size = self._search.size(candidate.model)
             if size > (self._limits.size or np.inf):
-                predicted = self._search.space.file_bytes(plan.cost, plan.forms)
+                predicted = self._search.file_bytes(plan)
                 limits = smaller(self._limits, size - predicted)
             elif met and not self._leaves_time(candidate):
                 break

@@ -14,13 +14,15 @@ from numpy.typing import ArrayLike
 from threadpoolctl import threadpool_limits
 
 from onnxcomp.analysis import Analysis
-from onnxcomp.bench import Benchmark, is_slower, paired_latency
+from onnxcomp.analysis.target import find_target
+from onnxcomp.bench import Benchmark, is_slower
 from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.evaluate import predict
 from onnxcomp.metrics import Metric, load_metric
 from onnxcomp.model import Model
 from onnxcomp.report import Action, Figures, Report
 from onnxcomp.samples import Samples
+from onnxcomp.search.clock import Clock
 from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.judge import Judge
 from onnxcomp.search.pursuit import Outcome, Pursuit
@@ -28,14 +30,14 @@ from onnxcomp.search.search import Point, Search
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.setup import Roles, assign_samples, invert_samples, make_search
 from onnxcomp.search.space import Plan
-from onnxcomp.search.storage import without_codebook
+from onnxcomp.search.storage import sized_as, without_codebook
 from onnxcomp.search.store import Store
 from onnxcomp.search.tuning import SEARCH_SHARE, check_expressible, check_tuning, tuned
 from onnxcomp.search.working import finish, prepare
 from onnxcomp.validation import Ladder, validate
 
 _LATENCY_SECONDS = 20.0  # of the measurement that is reported
-_CLOCK_SECONDS = 8.0  # of one that a limit on the time asks for
+_LEAST_SECONDS = 1.0  # of the same, when time is up
 _FINAL_SHARE = 0.15  # of the time limit, kept for the measurement that is reported
 _BLIND = 0.5  # share of a limit on drop or drift that is used where there are no samples
 Keep = Callable[[Model], None]
@@ -102,7 +104,8 @@ def compress(
 
     Raises:
         UnsupportedModelError: The model holds what onnxcomp cannot work on, or cannot tune.
-        DataError: The samples do not fit the model.
+        DataError: The samples do not fit the model, or are too few for limits on drop and
+            drift.
         ParameterError: A setting is outside what it allows.
     """
     settings = settings or Settings()
@@ -131,18 +134,21 @@ class _Run:
             )
         end = settings.time_limit
         self._final_seconds = min(_LATENCY_SECONDS, _FINAL_SHARE * (end or math.inf))
+        self._whole = Deadline(end)
         self._end = Deadline(None if end is None else end - self._final_seconds)
         self._deadline = self._end.share(SEARCH_SHARE) if settings.tune else self._end
-        self._original = model
         self._settings = settings
         self._progress = progress
         self._notes: list[str] = []
+        self._original = sized_as(model, settings.emit, self._notes)
         self._seconds: dict[str, float] = {}
         self._samples = assign_samples(model, data, settings, self._notes)
         if settings.tune:
             check_tuning(self._samples.given, settings.device)
         if metric is None and settings.limits.drop is not None:
             metric = load_metric("agreement" if self._samples.labels is None else "top1")
+        if metric is not None and metric.classes:
+            settings.limits.check_share()
         self._metric = metric
 
     def result(self, resume: Path | None, keep: Keep, dry_run: bool) -> Result:
@@ -179,6 +185,7 @@ class _Run:
             limits = limits.judged_at(_BLIND)
             self._notes.append("limits on drop and drift were halved: no real samples judge")
         if idle:
+            self._notes.append("no limit was given: there was nothing to do but exact passes")
             return self._judge(Outcome(nothing, met=True))
         if dry_run:
             return self._preview(limits)
@@ -212,15 +219,16 @@ class _Run:
             samples = self._samples.holdout
             outputs = predict(self._original, samples, threads=self._settings.threads)
             self._metric.score(outputs, samples, outputs)
+            self._metric.check_labels(outputs, self._samples.labels)
 
     def _pursuit(self, limits: Limits, keep: Keep) -> Pursuit:
-        settings = self._settings
+        settings, clock = self._settings, self._clock
         return Pursuit(
             self._search,
             limits,
-            self._latency_share(limits.latency),
+            self._share(limits.latency),
             judge=self._holdout_judge(),
-            clock=self._relative_time,
+            clock=clock,
             keep=keep,
             box=settings.time_limit is not None
             and settings.data_aware
@@ -260,29 +268,27 @@ class _Run:
         if interrupted:
             raise KeyboardInterrupt
 
-    def _latency_share(self, limit: float | None) -> float | None:
-        """Return a limit on the latency as a share of the original's."""
-        if limit is None or limit <= 1:
-            return limit
-        alone = self._measured(self._original, seconds=_CLOCK_SECONDS)
-        return limit / (1e3 * alone.models[0].median_ms)
-
-    def _relative_time(self, candidate: Model) -> float:
-        found = self._measured(self._original, candidate, seconds=_CLOCK_SECONDS)
-        return 1.0 / found.models[1].ratio.value
-
-    def _measured(self, *models: Model, seconds: float) -> Benchmark:
-        feeds = next(
-            iter(self._samples.holdout.batches(self._original.signature.inputs, 1))
-        ).feed
-        return paired_latency(
-            models, feeds, threads=self._settings.threads, time_limit_s=seconds
+    @cached_property
+    def _clock(self) -> Clock:
+        settings = self._settings
+        return Clock(
+            self._original,
+            self._samples.holdout,
+            find_target(settings.target),
+            threads=settings.threads,
+            deadline=self._end,
         )
+
+    def _share(self, limit: float | None) -> float | None:
+        """Return a limit on the latency as a share of the original's."""
+        if limit is None:
+            return None
+        return float(self._search.timed("latency", partial(self._clock.share, limit)))
 
     def _preview(self, limits: Limits) -> Result:
         """Return a result that was not made: the plan with its predicted figures."""
         plan, met = self._planned(limits)
-        size = self._search.space.file_bytes(plan.cost, plan.forms)
+        size = self._search.file_bytes(plan)
         if self._search.shares and limits.size is not None:
             size = min(size, int(limits.size))
             self._notes.append("weights will be rounded until the file is within its limit")
@@ -299,7 +305,7 @@ class _Run:
             pursuit = self._pursuit(limits, lambda _: None)
             plan = search.fastest(search.losses, pursuit.first_bound, limits)
             return plan or nothing.plan, plan is not None
-        share = self._latency_share(limits.latency)
+        share = self._share(limits.latency)
         if search.within(nothing.model, limits) and share is None:
             return nothing.plan, True
         seconds = math.inf if share is None else share * nothing.plan.seconds
@@ -312,8 +318,7 @@ class _Run:
         """Validate, measure, and fall back where the candidate does not pay."""
         plan, candidate = outcome.candidate.plan, outcome.candidate.model
         met, stored = outcome.met, outcome.candidate.stored
-        ladder = self._timed("validate", partial(self._validate, candidate))
-        benchmark = self._timed("latency", partial(self._latency, candidate))
+        ladder, benchmark = self._seen(candidate)
         reason = self._regret(candidate, ladder, benchmark)
         if reason:
             self._notes.append(f"{reason}; the prepared original was kept")
@@ -321,13 +326,17 @@ class _Run:
             if candidate.file_bytes > self._original.file_bytes:
                 candidate = self._original
             met, stored = self._settings.limits.without_judgement == Limits(), ()
-            ladder, benchmark = self._validate(candidate), self._latency(candidate)
+            ladder, benchmark = self._seen(candidate)
         if stored:
             self._notes.append("levels save bytes of the file, not time: sessions run floats")
         figures = Figures.of(Analysis(candidate, self._samples.fit), benchmark, 1)
         figures = replace(figures, file_bytes=self._search.size(candidate))
         self._refusals += without_codebook(candidate, self._settings.emit)
         report = self._report(plan, ladder, benchmark, figures, met, stored)
+        if there := self._clock.elsewhere:
+            share = self._clock(candidate)
+            note = f"the target is {there}: {1 / share:.2f}x is predicted there, measured here"
+            report = replace(report, predicted=share, notes=(note, *report.notes))
         return Result(candidate, plan, report, met, self._search)
 
     def _report(
@@ -344,7 +353,7 @@ class _Run:
             original=Figures.of(self._base, benchmark, 0),
             result=figures,
             actions=(*actions, *stored),
-            refusals=(*self._search.refusals, *self._refusals),
+            refusals=(*self._search.refusals(plan), *self._refusals),
             ladder=ladder,
             benchmark=benchmark,
             notes=tuple(self._notes),
@@ -353,6 +362,11 @@ class _Run:
             met=met,
             settings=self._settings,
         )
+
+    def _seen(self, candidate: Model) -> tuple[Ladder, Benchmark | None]:
+        """Validate and measure a model that may be shipped."""
+        ladder = self._timed("validate", partial(self._validate, candidate))
+        return ladder, self._timed("final latency", partial(self._latency, candidate))
 
     def _validate(self, candidate: Model) -> Ladder:
         return validate(
@@ -368,7 +382,8 @@ class _Run:
     def _latency(self, candidate: Model) -> Benchmark | None:
         if not self._settings.latency:
             return None
-        return self._measured(self._original, candidate, seconds=self._final_seconds)
+        seconds = min(self._final_seconds, max(self._whole.left, _LEAST_SECONDS))
+        return self._clock.measured(self._original, candidate, seconds=seconds)
 
     def _regret(self, candidate: Model, ladder: Ladder, benchmark: Benchmark | None) -> str:
         """Return why the candidate must not be shipped, or ""."""
@@ -385,6 +400,8 @@ class _Run:
         limits = self._settings.limits
         if limits == Limits(size=limits.size) and limits.size is not None:
             self._notes.append(f"{slower}; kept, as only its size was limited")
+        elif self._clock.elsewhere:
+            self._notes.append(f"{slower}; kept, as the target is another machine")
         elif self._settings.grid == "off":  # which is for comparisons by MACs, not by time
             self._notes.append(f"{slower}; kept, as --grid off leaves the target's grid")
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from onnxcomp.passes.substitute_operators import SubstituteOperators
 
 Row = npt.NDArray[np.float64]
 EMITTED = ("onnx", "codebook", "onnxc")
+_DEVICES = ("cpu", "cuda")
 METHODS = (
     RemoveChannels.name,
     Factorize.name,
@@ -28,6 +30,9 @@ METHODS = (
     ShareWeights.name,
 )
 """The lossy passes that share one search; `compress_collaboratively` plans alone."""
+
+_COSTS = {"macs": "multiply-accumulates", "params": "parameters", "size": "bytes"}
+_LEAST_COST = 1000  # of what is no share; no network asks for less, but a slip does
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,10 @@ class Limits:
         macs: Multiply-accumulates per sample.
         params: Parameters.
         size: Bytes of the written file.
-        latency: Microseconds of one sample, or a share of the original's time.
-        drop: Points of the metric, in absolute terms (0.01 is one point of top-1).
+        latency: Microseconds of a run at batch 1, or at the declared batch; or a share of the
+            original's time.
+        drop: Points of the metric, in absolute terms (0.01 is one point of top-1); below 1
+            where the metric counts classes.
         drift: Relative L2 change of any output.
     """
 
@@ -53,8 +60,36 @@ class Limits:
     def __post_init__(self) -> None:
         for limit in fields(self):
             value = getattr(self, limit.name)
-            if value is not None and not (math.isfinite(value) and value > 0):
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
                 raise ParameterError.of("Limits", limit.name, "a number above 0", value)
+
+    def check_costs(self) -> None:
+        """Check that no limit on a cost is neither a share nor a number that networks have.
+
+        Raises:
+            ParameterError: One is above 1 and below 1000.
+        """
+        for name, unit in _COSTS.items():
+            value = getattr(self, name)
+            if value is not None and 1 < value < _LEAST_COST:
+                raise ParameterError(
+                    f"Limits: '{name}' of {value:g} is neither a share of the original, which "
+                    f"is at most 1 (0.5, 50%), nor a sensible number of {unit}, which is at "
+                    f"least {_LEAST_COST} (1.5M)"
+                )
+
+    def check_share(self) -> None:
+        """Check a limit on the drop of a metric whose points are shares of the samples.
+
+        Raises:
+            ParameterError: All that there is to lose may be lost.
+        """
+        if self.drop is not None and self.drop >= 1:
+            raise ParameterError(
+                "Limits: 'drop' must be below 1 where the metric counts classes: "
+                f"{self.drop:g} means {100 * self.drop:g} points; {self.drop:g}% is "
+                f"{self.drop / 100:g}"
+            )
 
     def absolute(self, macs: int, params: int, size: int) -> Limits:
         """Return the limits on MACs, parameters and bytes in units of the original's."""
@@ -110,8 +145,9 @@ class Settings:
         threads: Threads of every session and of NumPy, also when latency is measured.
         memory: Bytes that activations of the fitting samples may take.
         solver_seconds: Time limit of the knapsack.
-        time_limit: Seconds after which the best so far is returned; until then further
-            plans are tried.  None ends the search when it has done what it does by itself.
+        time_limit: Seconds after which the best so far is returned.  Limits on costs and time
+            have further plans tried until then; limits on drop or drift end the search when
+            it has done what it does by itself, and so does None.
         tune: Let the result learn from the original, in half of the time limit or five
             minutes; needs samples and torch.
         device: Where it learns: "cpu" or "cuda".
@@ -147,18 +183,17 @@ class Settings:
                 raise ParameterError.choice("Settings", "methods", known, method)
         if CompressCollaboratively.name in self.methods:
             self._check_collaboration()
-        if self.grid not in ("auto", "off") and not (
-            self.grid.isdigit() and int(self.grid) > 0
+        self.limits.check_costs()
+        if not isinstance(self.grid, str) or (
+            self.grid not in ("auto", "off")
+            and not (self.grid.isdigit() and int(self.grid) > 0)
         ):
-            raise ParameterError.of("Settings", "grid", "auto, off or a number", self.grid)
-        if self.emit not in EMITTED:
-            raise ParameterError.choice("Settings", "emit", EMITTED, self.emit)
-        if not self.patience >= 1:
-            raise ParameterError.of("Settings", "patience", "at least 1", self.patience)
-        if self.threads < 1:
-            raise ParameterError.of("Settings", "threads", "at least 1", self.threads)
-        if self.time_limit is not None and not self.time_limit > 0:
-            raise ParameterError.of("Settings", "time_limit", "above 0 s", self.time_limit)
+            allowed = "'auto', 'off' or a number as text"
+            raise ParameterError.of("Settings", "grid", allowed, self.grid)
+        for name, choices in (("emit", EMITTED), ("device", _DEVICES)):
+            if getattr(self, name) not in choices:
+                raise ParameterError.choice("Settings", name, choices, getattr(self, name))
+        self._check_numbers()
         find_target(self.target)
         try:
             re.compile(self.exclude or "")
@@ -172,6 +207,21 @@ class Settings:
         """Whether weights take few values, for the form of the written file."""
         packed = self.emit == "onnxc" and self.limits.size is not None
         return ShareWeights.name in self.methods and (packed or self.emit == "codebook")
+
+    def _check_numbers(self) -> None:
+        """Check that numbers are such, and large enough."""
+        for name, least in (("threads", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not (_is_number(value, Integral) and value >= least):
+                allowed = f"a whole number, at least {least}"
+                raise ParameterError.of("Settings", name, allowed, value)
+        if not (_is_number(self.patience) and self.patience >= 1):
+            raise ParameterError.of("Settings", "patience", "at least 1", self.patience)
+        for name, unit in (("memory", "bytes"), ("solver_seconds", "s"), ("time_limit", "s")):
+            value = getattr(self, name)
+            unlimited = name == "time_limit" and value is None
+            if not unlimited and not (_is_number(value) and value > 0):
+                raise ParameterError.of("Settings", name, f"above 0 {unit}", value)
 
     def _check_collaboration(self) -> None:
         """Check what a method that plans the whole network by itself leaves open."""
@@ -192,3 +242,8 @@ class Settings:
             if not self.grid.isdigit()
             else int(self.grid)
         )
+
+
+def _is_number(value: object, kind: type = Real) -> bool:
+    """Whether a value is a number, of Python or NumPy; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)

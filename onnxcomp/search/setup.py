@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -37,6 +38,7 @@ from onnxcomp.search.store import Store, identity_of
 from onnxcomp.search.working import working_model
 
 _RANDOM_SAMPLES = 128
+_LEAST_JUDGED = 32  # different samples, of which 10 judge; promises by 5 were often broken
 _ENOUGH_SAMPLES = 512  # and pixels, up to which light copies of images are added
 _ENOUGH_PIXELS = 2**20
 _MEASURED_SAMPLES = 128  # that losses are measured on, fewer where that is much work
@@ -52,7 +54,7 @@ _SHARED = tuple(
     if name not in ("spatial_last", "output_basis_both", "tucker2_outer")
 )
 # Settings that losses and candidates depend on; the others may differ in a run that goes on.
-_DECISIVE = ("methods", "target", "grid", "exclude", "data_aware", "seed", "memory")
+_DECISIVE = ("methods", "grid", "exclude", "data_aware", "seed", "memory")
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,19 @@ def assign_samples(
         data: The user's samples; noise is made where it is None.
         settings: Seed of the split, of copies and of noise; limits that say how to split.
         notes: Receives what the reader of the report must know.
+
+    Raises:
+        DataError: The samples do not fit the model, or are too few for a limit on drop or
+            drift, which is a promise for new samples.
     """
     inputs, seed = model.signature.inputs, settings.seed
-    given = None if data is None else as_samples(data, inputs)
+    given = None if data is None else _different(as_samples(data, inputs), notes)
+    if given is not None and settings.limits.judged and given.count < _LEAST_JUDGED:
+        raise DataError(
+            f"limits on drop and drift need at least {_LEAST_JUDGED} different samples, as "
+            f"fewer do not tell what new ones lose; got {given.count}: give more, or limit "
+            "costs only"
+        )
     samples = random_inputs(model, _RANDOM_SAMPLES, seed=seed) if given is None else given
     if samples.count == 1:
         notes.append("one sample only: fitted and judged on the same input")
@@ -105,6 +117,21 @@ def assign_samples(
     plain, holdout = _split(samples, settings)
     fit = plain if given is None else _enlarged(model, plain, seed, notes)
     return Roles(fit, plain, holdout, given)
+
+
+def _different(samples: Samples, notes: list[str]) -> Samples:
+    """Return samples of different inputs: equal ones would be fitted on and judge as well."""
+    first: dict[bytes, int] = {}
+    for index in range(samples.count):
+        digest = hashlib.sha256()
+        for array in samples.arrays.values():
+            digest.update(array[index].tobytes())
+        first.setdefault(digest.digest(), index)
+    equal = samples.count - len(first)
+    if not equal:
+        return samples
+    notes.append(f"{equal} of {samples.count} samples equal others and were left out")
+    return samples.take(list(first.values()))
 
 
 def _split(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:
@@ -249,7 +276,7 @@ def make_search(
         facts = Analysis(model, roles.fit, seed=settings.seed, threads=settings.threads)
     batches, measured = _batches(facts, roles.fit, settings.memory, notes)
     space = _space(facts, settings, adapted=adaptation is not None)
-    fixed = [getattr(settings, name) for name in _DECISIVE]
+    fixed = [space.target, *(getattr(settings, name) for name in _DECISIVE)]
     return _kind(settings)(
         space,
         batches,

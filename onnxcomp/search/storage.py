@@ -331,6 +331,33 @@ def written_bytes(model: Model, emit: str) -> int:
     return in_form(model, emit).file_bytes
 
 
+def sized_as(model: Model, emit: str, notes: list[str]) -> Model:
+    """Return a model whose size can be compared with that of a file in the form wanted.
+
+    A packed input counts with the size that it has itself in that form.
+
+    Args:
+        model: The input.
+        emit: Form of the file to write.
+        notes: Receives which size that is.
+    """
+    if not model.packed or emit == "onnxc":
+        return model
+    unsized = Model(model.skeleton, model.weights, foreign_ops=model.foreign_ops)
+    size = written_bytes(unsized, emit)
+    notes.append(
+        f"the input is a packed file of {model.file_bytes:,} bytes; sizes are compared with "
+        f"the {size:,} that it takes in the form of the result"
+    )
+    return Model(
+        model.skeleton,
+        model.weights,
+        files=model.files,
+        file_bytes=size,
+        foreign_ops=model.foreign_ops,
+    )
+
+
 def in_form(model: Model, emit: str) -> Model:
     """Return a model as it is written to an ONNX file, with codebooks if wanted."""
     return run_exact(EmitCodebook(), Analysis(model))[0] if emit == "codebook" else model

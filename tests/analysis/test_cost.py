@@ -11,6 +11,7 @@ from onnxcomp.model import Model
 from tests.analysis.channel_graphs import Graph
 from tests.passes.exact_checks import graph, normal
 from tests.test_model import with_branch
+from tests.unusual import quantised
 
 
 def cost(model: Model) -> Cost:
@@ -133,6 +134,14 @@ def test_published_numbers(name, tmp_path):
     macs, parameters = PUBLISHED[name]
     assert abs(cost(model).macs - macs) <= 1e-4 * macs
     assert BUILDERS[name].parameter_count() == parameters
+
+
+def test_integers_that_are_dequantised_are_parameters():
+    kernels = 32 * 3 * 9 + 48 * 32 * 9 + 40 * 48
+    found = cost(quantised())
+    assert found.params == kernels + 32 + 48 + 2  # bias and scales, but no zero points
+    assert found.weight_bytes == kernels + 4 * (32 + 48 + 2)
+    assert found.macs == 64 * (32 * 3 * 9 + 48 * 32 * 9) + 40 * 48
 
 
 def test_checks_bite():

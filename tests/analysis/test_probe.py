@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxcomp.analysis import probe
 from onnxcomp.analysis.probe import pixel_ranges, probe_feeds, random_inputs
 from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.model import Model
@@ -11,6 +12,7 @@ from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples
 from tests.graphs import shared_models
 from tests.passes.exact_checks import graph, normal
+from tests.unusual import calling
 
 
 def fixed_size(size: int) -> Model:
@@ -30,6 +32,43 @@ def test_open_axes_are_tried(size):
     assert samples.arrays["x"].shape == (3, 3, size, size)
     assert samples.origin == "random"
     Session(model).run(probe_feeds(model))
+
+
+@pytest.mark.parametrize(
+    ("body", "weight", "shape"),
+    [
+        ("y = Conv (x, w)", (4, 5, 3, 3), (1, 5, 224, 224)),
+        ("y = Conv<group = 2> (x, w)", (4, 3, 3, 3), (1, 6, 224, 224)),
+        ("y = ConvTranspose (x, w)", (5, 4, 3, 3), (1, 5, 224, 224)),
+        ("a = Mul (x, c) b = Relu (a) y = Conv (b, w)", (4, 5, 3, 3), (1, 5, 224, 224)),
+        ("s = Shape (x) y = Conv (x, w)", (4, 5, 3, 3), (1, 5, 224, 224)),
+        ("y = MatMul (x, w)", (5, 3), (1, 224, 224, 5)),
+        (
+            "t = Transpose<perm = [0,3,1,2]> (x) y = Conv (t, w)",
+            (4, 5, 3, 3),
+            (1, 224, 224, 5),
+        ),
+    ],
+)
+def test_open_channels_are_those_of_the_first_weight(body, weight, shape, monkeypatch):
+    weights = {"w": normal(*weight), "c": np.float32(2)}
+    model = graph("float[N,C,H,W] x", "float[N,K,I,J] y", body, weights)
+    runs = []
+    monkeypatch.setattr(probe, "capture_tensors", lambda _, feed: runs.append(feed["x"].shape))
+    random_inputs(model, 1)
+    assert runs == [shape]
+
+
+def test_open_channels_behind_a_call():
+    assert random_inputs(calling(channels="C"), 2).arrays["x"].shape == (2, 3, 8, 8)
+
+
+def test_shapes_that_are_tried_are_bounded():
+    model = graph("float[N,C,D,H,W] x", "float[N,C,D,H,W] y", "y = Exp (x)")
+    shapes = [found["x"] for found in probe.usual_shapes(model)]
+    assert (1, 1, 1, 1, 1) in shapes
+    assert (1, 64, 64, 64, 64) not in shapes
+    assert all(np.prod(shape) <= 2**23 for shape in shapes)
 
 
 def test_unusual_sizes_need_samples():

@@ -35,6 +35,13 @@ def test_what_has_no_sources_is_not_told_apart():
     assert purity(clusters([array], 0), 6) < 0.6
 
 
+def test_samples_that_come_again_are_no_clusters():
+    for kinds in (1, 2, 5, 16):
+        array = from_sources(kinds, 1, (12,), apart=0.0)
+        found = clusters([np.resize(array, (64, 12))], 0)
+        assert len(np.unique(found)) == kinds
+
+
 def test_every_input_counts_alike():
     told = from_sources(6, 20, (12,), apart=3.0)
     noise = 1e4 * np.random.default_rng(1).standard_normal((120, 500))

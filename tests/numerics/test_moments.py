@@ -174,6 +174,10 @@ def test_unusable_rows_are_refused():
         moments(bad, np.zeros((4, 2)))
     with pytest.raises(DataError, match="NaN"):
         RowMoments.of(bad, np.zeros((4, 2)))
+    x, y, _ = rows(0, 40, 3, 2)
+    for large in (1e30, 1e10):
+        with pytest.raises(DataError, match="NaN"):
+            moments((large * x).astype(np.float32), (1e30 * y).astype(np.float32))
     with pytest.raises(ParameterError, match=r"\(n, 3\)"):
         MomentsBuilder(3, 2).add(np.zeros((4, 2)), np.zeros((4, 2)))
     with pytest.raises(ParameterError, match="prior"):

@@ -21,6 +21,7 @@ from tests.graphs import SHARED, sane_feeds
 from tests.passes.exact_checks import TOLERANCE, drift
 from tests.passes.joint_cases import members_of, solved
 from tests.test_model import with_branch
+from tests.unusual import calling, quantised
 
 
 def residual() -> Model:
@@ -73,6 +74,8 @@ GRAPHS = {
     "dense": dense,
     "transposed": transposed,
     "branch": with_branch,
+    "calling": calling,
+    "quantised": quantised,
 }
 REAL = ["mlperftiny_cifar10_resnet8", "mlperftiny_kws_dscnn", "libonnx_mnist_8"]
 

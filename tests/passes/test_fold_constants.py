@@ -4,6 +4,7 @@ import pytest
 from onnxcomp.passes.fold_constants import FoldConstants
 from onnxcomp.runtime import Session
 from tests.passes.exact_checks import drift, graph, normal, ops, reasons, run
+from tests.unusual import quantised
 
 FOLD = FoldConstants()
 SHAPE_INPUT = "int64[k] wanted"  # `Reshape(c, wanted)` reads a constant of any dtype
@@ -215,6 +216,21 @@ def test_a_weight_dequantised_for_a_conv_is_folded():
     after, _ = run(FOLD, model)
     assert ops(after) == ["Conv"]
     assert drift(model, after, {"x": normal(1, 3, 8, 8)}) <= 1e-6
+
+
+def test_the_weights_of_quantised_nodes_stay_in_integers():
+    model = quantised()
+    after, proposal = run(FOLD, model)
+    assert ops(after) == ops(model)
+    why = "it makes a weight of a quantised node"
+    assert reasons(proposal) == dict.fromkeys(["w0", "c0", "w1", "v", "t"], why)
+
+
+def test_weights_alone_in_integers_are_folded():
+    model = quantised(dense=False)
+    after, _ = run(FOLD, model)
+    assert not {"DequantizeLinear", "Transpose"} & set(ops(after))
+    assert drift(model, after, {"x": normal(2, 3, 8, 8)}) <= 1e-6
 
 
 @pytest.mark.parametrize(

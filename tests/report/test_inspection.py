@@ -16,6 +16,7 @@ from onnxcomp.report.inspection import LayerChange, inspect_model, layer_changes
 from onnxcomp.report.text import inspection_view
 from tests.report.test_html import parsed
 from tests.report.test_text import printed
+from tests.unusual import calling
 
 
 def model_of(nodes, weights, channels=4) -> Model:
@@ -109,6 +110,15 @@ def test_macs_of_no_layer_are_told_apart():
     result = Analysis(model_of([conv("x", "w", "y")], {"w": (4, 4, 1, 1)}))
     assert layer_changes(Analysis(relu), result) == (LayerChange("(other)", 0, MACS),)
     assert layer_changes(result, Analysis(relu)) == (LayerChange("y", MACS, 0),)
+
+
+def test_functions_are_shown_inlined():
+    model = calling()
+    found = inspect_model(model, Analysis(model))
+    assert [layer.op for layer in found.layers if layer.macs] == ["Conv", "Conv", "Gemm"]
+    assert found.operators["Conv"] == 2
+    assert sum(layer.share for layer in found.layers) == pytest.approx(1)
+    assert inspect_model(model, None).operators["local::Block"] == 2
 
 
 def test_repeated_layers_are_shown():

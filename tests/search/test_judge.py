@@ -82,8 +82,11 @@ def test_deleting_groups_gives_about_the_same():
     assert calls == [950] * 20
 
 
-def test_one_sample_has_no_error():
-    assert module._jackknife(lambda index: 1 / len(index), 1) == 0.0
+def test_one_sample_promises_nothing():
+    assert module._jackknife(lambda index: 1 / len(index), 1) == math.inf
+    alone = Judge(network(), Samples({"x": X[:1]}), load_metric("agreement"), threads=1)
+    found = alone.look(network(nudged(0.001)), 0.0)
+    assert found.drift == found.drop == math.inf
 
 
 def test_drift_is_that_of_an_evaluation_and_one_standard_error_and_a_quarter_more():

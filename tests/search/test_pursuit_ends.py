@@ -52,6 +52,21 @@ def test_the_time_limit_ends_with_the_best_so_far(limits):
     assert math.isfinite(max(errors))
 
 
+@pytest.mark.parametrize(
+    ("limits", "met"), [(Limits(drift=0.1), True), (Limits(macs=0.5, drift=0.1), False)]
+)
+def test_the_original_is_judged_when_time_is_up(limits, met):
+    """It moves no output, so that limits on costs alone decide."""
+    clock = Clock()
+    searching = Searching.of(wide(), deadline=Deadline(1e6, clock), ticks=[clock.tick])
+    assert searching.search.losses.forms or searching.search.losses.widths
+    clock.now = 1e6
+    tried = searching.pursue(limits)
+    assert tried.outcome.candidate is searching.search.nothing
+    assert tried.outcome.met is met
+    assert any("time limit" in note for note in tried.notes)
+
+
 def test_until_the_time_limit_further_plans_are_tried(monkeypatch):
     """First by losses measured again in place, then by losses that are shaken."""
     clock, calls = Clock(), []

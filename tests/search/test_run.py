@@ -19,6 +19,7 @@ from tests.graphs import SHARED
 from tests.passes.exact_checks import relative_l2
 from tests.search.cases import CASES, residual
 from tests.search.searching import inputs
+from tests.unusual import calling, quantised
 
 QUICK = Settings(latency=False, grid="8")
 
@@ -327,6 +328,26 @@ def test_custom_operators_are_refused():
     foreign = Model(model.skeleton, model.weights, foreign_ops=("acme::Magic",))
     with pytest.raises(UnsupportedModelError, match="acme::Magic"):
         run(foreign, macs=0.5)
+
+
+def test_functions_are_compressed():
+    model = calling()
+    result = run(model, macs=0.6)
+    assert result.met
+    assert result.report.original.macs == cost(model).macs
+    assert 0 < cost(result.model).macs <= 0.6 * cost(model).macs
+    assert not result.model.skeleton.functions
+
+
+def test_quantised_models_are_left_alone():
+    model = quantised()
+    result = run(model, replace(QUICK, force=True), macs=0.6)
+    assert not result.met
+    assert result.plan.empty
+    refused = {r.where: r.reason for r in result.report.refusals if "quantised" in r.reason}
+    assert {n: refused[n] for n in ("a", "b", "y")} == dict.fromkeys("aby", "it is quantised")
+    assert result.report.result.params == result.report.original.params
+    assert result.model.file_bytes <= model.file_bytes
 
 
 def test_a_real_model():

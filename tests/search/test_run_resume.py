@@ -186,7 +186,7 @@ def measured(monkeypatch, milliseconds: float) -> None:
             timings.append(SimpleNamespace(ratio=ratio, median_ms=milliseconds * share))
         return SimpleNamespace(models=timings)
 
-    monkeypatch.setattr("onnxcomp.search.run.paired_latency", paired_latency)
+    monkeypatch.setattr("onnxcomp.search.clock.paired_latency", paired_latency)
 
 
 def test_latency_is_limited_as_a_share_or_absolutely(monkeypatch):

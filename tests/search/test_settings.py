@@ -19,6 +19,14 @@ from onnxcomp.search.settings import Limits, Settings
         {"exclude": "("},
         {"time_limit": 0.0},
         {"patience": 0.5},
+        {"grid": 16},
+        {"memory": -5},
+        {"memory": "1GB"},
+        {"seed": -1},
+        {"seed": 0.5},
+        {"solver_seconds": -1},
+        {"time_limit": "10m"},
+        {"device": "tpu"},
     ],
     ids=str,
 )
@@ -27,7 +35,13 @@ def test_bad_settings(wrong):
         Settings(**wrong)
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
+def test_numbers_of_numpy_are_numbers():
+    settings = Settings(seed=np.int64(3), memory=np.float32(1e9), time_limit=np.inf)
+    assert settings.seed == 3
+    assert Limits(macs=np.float32(0.5)).macs == 0.5
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf, "0.5", True])
 def test_bad_limits(value):
     for name in ("macs", "params", "size", "latency", "drop", "drift"):
         with pytest.raises(ParameterError, match=name):
@@ -44,6 +58,26 @@ def test_limits_are_shares_up_to_one():
     assert not Limits(macs=7, latency=0.5).judged
     assert others.without_judgement == Limits(latency=0.5)
     assert others.judged_at(0.5) == Limits(latency=0.5, drop=0.005, drift=0.05)
+
+
+@pytest.mark.parametrize("name", ["macs", "params", "size"])
+def test_numbers_between_shares_and_sensible_costs_are_refused(name):
+    """As limits that are asked for; those of a small network may be there in the end."""
+    for value in (1.5, 2, 999):
+        said = rf"'{name}' of {value} is .*share.*at least 1000"
+        with pytest.raises(ParameterError, match=said):
+            Settings(limits=Limits(**{name: value}))
+    for value in (0.5, 1.0, 1000, 1.5e6):
+        assert Settings(limits=Limits(**{name: value})).limits == Limits(**{name: value})
+    assert Limits(**{name: 0.5}).absolute(100, 100, 100) == Limits(**{name: 50.0})
+
+
+def test_a_drop_of_classes_is_a_share():
+    with pytest.raises(ParameterError, match=r"5 means 500 points; 5% is 0\.05"):
+        Limits(drop=5).check_share()
+    with pytest.raises(ParameterError, match=r"1 means 100 points; 1% is 0\.01"):
+        Limits(drop=1.0).check_share()
+    Limits(drop=0.99, drift=5).check_share()
 
 
 def test_grid_step():

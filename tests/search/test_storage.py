@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from onnxcomp import codec
+from onnxcomp import codec, load
 from onnxcomp.analysis import Analysis
 from onnxcomp.errors import ParameterError
 from onnxcomp.model import Model
@@ -129,9 +129,9 @@ def test_all_kinds_of_nodes(name):
 def test_a_limit_that_cannot_be_met():
     """The smallest file found is kept."""
     model = wide()
-    result = run(model, size=100.0)
+    result = run(model, size=1000.0)
     assert not result.met
-    assert 100 < result.report.result.file_bytes < 0.08 * model.file_bytes
+    assert 1000 < result.report.result.file_bytes < 0.08 * model.file_bytes
 
 
 def test_excluded_nodes_keep_their_weights():
@@ -294,6 +294,44 @@ def test_change_tells_models_apart():
     other = Model(model.skeleton, {**model.weights, name: model.weights[name] * 1.1})
     assert output_change(model, model, feeds(model), threads=1) == 0
     assert 1e-4 < output_change(model, other, feeds(model), threads=1) < 1
+
+
+@pytest.fixture
+def packed(tmp_path) -> Model:
+    """A model read from a packed file that takes a small part of its ONNX file."""
+    few = {n: np.sign(a) if a.ndim == 4 else a for n, a in wide().weights.items()}
+    codec.pack(Model(wide().skeleton, few), tmp_path / "a.onnxc")
+    model = load(tmp_path / "a.onnxc")
+    assert model.file_bytes < 0.2 * wide().file_bytes
+    return model
+
+
+@pytest.mark.parametrize("limits", [{"macs": 0.6}, {"size": 0.6}])
+def test_a_packed_input_counts_as_the_onnx_file_it_becomes(packed, limits):
+    methods = ("remove_channels", "factorize")
+    result = run(packed, replace(QUICK, emit="onnx", methods=methods), **limits)
+    assert result.met
+    assert not result.plan.empty
+    assert result.report.ladder.passed
+    whole = result.report.original.file_bytes
+    assert whole == wide().file_bytes
+    assert 0.2 * whole < result.model.file_bytes <= limits.get("size", 1) * whole
+    assert f"packed file of {packed.file_bytes:,} bytes" in result.report.notes[0]
+    assert f"with the {whole:,}" in result.report.notes[0]
+
+
+@pytest.mark.parametrize("emit", ["onnxc", "codebook", "onnx"])
+def test_what_sizes_are_compared_with(packed, emit):
+    notes: list[str] = []
+    assert storage.sized_as(wide(), emit, notes).file_bytes == wide().file_bytes
+    assert notes == []
+    found = storage.sized_as(packed, emit, notes)
+    assert found.digest == packed.digest
+    assert found.files == packed.files
+    own = Model(packed.skeleton, packed.weights)
+    assert found.file_bytes == pytest.approx(written_bytes(own, emit), rel=1e-3)
+    assert len(notes) == (emit != "onnxc")
+    assert codec.unpack(packed.files[0]).packed
 
 
 def test_settings_know_the_forms():
