@@ -10,6 +10,7 @@ own environment, whose Python is named by NNCODEC_PYTHON; without it that column
 from __future__ import annotations
 
 import lzma
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 import onnxcomp
-from benchmarks.common import Options, Outcome, Table, model_path, percent, run_child
+from benchmarks.common import (
+    ChildError,
+    Job,
+    Options,
+    Outcome,
+    Table,
+    model_path,
+    percent,
+    run_child,
+    run_jobs,
+)
 from benchmarks.storage_peers import (
     BYTE_CODERS,
     CABAC_PYTHON,
@@ -68,17 +79,26 @@ PROFILES = tuple(codec.Profile)
 CABAC, MAX, FAST = "DeepCABAC", codec.Profile.MAX.value, codec.Profile.FAST.value
 LARGE_TENSOR, NEAR_ENTROPY = 100_000, 1.015
 _FEWEST = 256  # weights of a tensor that is shared
+_TIMEOUT_S = 3600.0
 
 
 def run(options: Options) -> Outcome:
     """Run the benchmark; the network that is drawn needs torch."""
     names = MODELS[:1] if options.quick else (*MODELS, *LARGE, DRAWN)
     settings = SETTINGS[1:3] if options.quick else SETTINGS
+    jobs = [
+        Job(
+            "benchmarks.storage:sizes",
+            {"network": name, "file": str(_file(name, options)), "settings": settings},
+            timeout_s=_TIMEOUT_S,
+        )
+        for name in names
+    ]
     rows: list[Mapping[str, Any]] = []
-    for name in names:
-        model = onnxcomp.load(_file(name, options))
-        for setting in settings:
-            rows.append({"network": name, **_sizes(model, setting, options.work)})
+    for answer in run_jobs(jobs, workers=options.threads, kept=options.work / "answers"):
+        if isinstance(answer, ChildError):
+            raise answer
+        rows += answer.value
     notes = _goals(rows)
     if missing := absent():
         notes.append(f"not installed, so not measured: {', '.join(missing)}")
@@ -94,6 +114,15 @@ def _file(name: str, options: Options) -> Path:
     path = options.work / f"{name}.onnx"
     run_child("benchmarks.cases:build", name=name, out=str(path), seed=options.seed)
     return path
+
+
+def sizes(
+    *, network: str, file: str, settings: Sequence[tuple[str, int, int]]
+) -> list[dict[str, Any]]:
+    """Return the bytes of a network under every setting; runs in a child."""
+    model = onnxcomp.load(file)
+    with tempfile.TemporaryDirectory() as folder:
+        return [{"network": network, **_sizes(model, s, Path(folder))} for s in settings]
 
 
 def shared_weights(
@@ -128,7 +157,7 @@ def _sizes(model: Model, setting: tuple[str, int, int], work: Path) -> dict[str,
     peer = cabac(tensors, work)
     ranks[CABAC] = peer.size if peer else None
     ours = {p.value: coded_bytes(list(weights.values()), p) for p in PROFILES}
-    large = [t for t in tensors if t.levels.size > LARGE_TENSOR]
+    large = [t for t in tensors if t.levels.size > LARGE_TENSOR and np.ptp(t.levels)]
     quantizer, levels, zeros = setting
     return {
         "setting": f"{quantizer} {levels}, {zeros} %",

@@ -306,6 +306,11 @@ def test_compare_gates(tmp_path):
     assert "--max-drop" not in result.stderr
 
 
+def test_compare_takes_no_gate_that_cannot_fail():
+    result = call("compare", DIGITS, DIGITS, "--max-drop", "5", code=2)
+    assert "5 means 500 points; 5% is 0.05" in result.stderr
+
+
 def test_compare_without_data_says_so_first_and_judges_agreement(tmp_path):
     spoilt = changed(
         tmp_path / "spoilt.onnx", lambda bias: bias + np.arange(10, dtype="f4") * 99

@@ -14,6 +14,7 @@ from onnxcomp.opening import check_outputs, open_model
 from onnxcomp.report import plain
 from onnxcomp.report.comparison import compare_models
 from onnxcomp.report.text import comparison_view
+from onnxcomp.search.settings import Limits
 
 
 def compare(
@@ -39,11 +40,14 @@ def compare(
     check_outputs({"--json": json_file}, inputs)
     if metric is None and max_drop is not None:
         metric = "agreement" if first.samples.labels is None else "top1"
+    judged = None if metric is None else load_metric(metric)
+    if max_drop and judged is not None and judged.classes:
+        Limits(drop=max_drop).check_share()
     found = compare_models(
         first.model,
         second.model,
         first.user_samples,
-        metric=None if metric is None else load_metric(metric),
+        metric=judged,
         max_drop=max_drop,
         max_drift=max_drift,
         min_speedup=min_speedup,

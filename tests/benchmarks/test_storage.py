@@ -42,6 +42,10 @@ def test_sizes_of_a_network(shared, tmp_path, monkeypatch):
     assert files["max"] <= files["balanced"] <= files["fast"] < files["float"] / 4
     assert ranks["fast"] < files["fast"]
     assert row["large"] == []
+    monkeypatch.setattr(storage, "LARGE_TENSOR", 2000)
+    sparse_row = storage._sizes(model, ("uq", 16, 95), tmp_path)
+    assert sparse_row["large"]
+    assert all(entropy > 0 for _, entropy in sparse_row["large"])  # all zeros are left out
     for table in (storage._ranks_table([row]), storage._files_table([row])):
         assert all(len(line) == len(table.columns) for line in table.rows)
 
