@@ -335,7 +335,7 @@ class _Run:
         report = self._report(plan, ladder, benchmark, figures, met, stored)
         if there := self._clock.elsewhere:
             share = self._clock(candidate)
-            note = f"the target is {there}: {1 / share:.2f}x is predicted there; times are of here"
+            note = f"the target is {there}: {1 / share:.2f}x is predicted; times are of here"
             report = replace(report, predicted=share, notes=(note, *report.notes))
         return Result(candidate, plan, report, met, self._search)
 
