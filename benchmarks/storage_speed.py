@@ -21,13 +21,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 import onnxcomp
 from benchmarks.common import Options, Outcome, Table
+from benchmarks.storage import symbols_of
 from benchmarks.storage_peers import Ranks, Timed, as_bytes, cabac, general_coders, timed
 from onnxcomp import codec
 from onnxcomp.codec import mixing, rans
 from onnxcomp.codec.coders import CODERS, CoderId, segments
 from onnxcomp.codec.mixing import Layout
 from onnxcomp.codec.rans import Pieces
-from onnxcomp.codec.symbols import Geometry, Symbols, ranked, values_of
+from onnxcomp.codec.symbols import Symbols
 from onnxcomp.codec.tables import SYMBOLS, Tables, codes_of
 from onnxcomp.model import Model
 from onnxcomp.numerics.quantizers import share
@@ -52,7 +53,7 @@ def _speeds(work: Path, width: int, seed: int) -> dict[str, Any]:
     pruned = np.where(np.abs(drawn) > np.median(np.abs(drawn)), drawn, 0)
     array = share([pruned], "uq", 32)[0].dense.astype(np.float32)
     model = onnxcomp.load(_matmul(array, work))
-    symbols, tensors = _symbols(array), [Ranks.of(array)]
+    symbols, tensors = symbols_of(array), [Ranks.of(array)]
     layout = Layout((width, width, 1), symbols.values, symbols.row)
     runs: dict[str, list[Timed]] = {}
     for turn in range(_TURNS + 1):  # the first compiles
@@ -71,15 +72,6 @@ def _speeds(work: Path, width: int, seed: int) -> dict[str, Any]:
         for name, one in taken.items() if turn else ():
             runs.setdefault(name, []).append(one)
     return {"weights": array.size, "coders": {n: _medians(r) for n, r in runs.items()}}
-
-
-def _symbols(array: npt.NDArray[np.float32]) -> Symbols:
-    found = ranked(array)
-    if found is None:
-        raise ValueError("a shared tensor has too many values")
-    (codebook, rank), geometry = found, Geometry.of(array.shape)
-    indices = rank.reshape(geometry.shape).astype(np.int32)
-    return Symbols(indices, values_of(codebook), geometry.row)
 
 
 def _medians(runs: Sequence[Timed]) -> dict[str, float]:

@@ -56,7 +56,7 @@ def test_large_tensors_come_near_their_entropy():
     for shape, near in (((400, 400), True), ((4, 90), False)):
         levels = np.rint(rng.laplace(size=shape) * 2).astype(np.int32)
         tensor = Ranks.of(levels.astype(np.float32))  # no negative zero
-        size = storage.coded_bytes([tensor.weights], storage.PROFILES[0])
+        size = storage.coded_bytes([tensor], storage.PROFILES[0])
         ratio = size / storage_peers.entropy_bytes([tensor])
         assert (1 <= ratio <= storage.NEAR_ENTROPY) == near
 
