@@ -12,6 +12,7 @@ from __future__ import annotations
 import lzma
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,10 @@ def _sizes(model: Model, setting: tuple[str, int, int], work: Path) -> dict[str,
 
 def _own_ranks(tensors: Sequence[Ranks]) -> dict[str, int]:
     """Return the bytes of ranks by every profile, each at most as many as by faster ones."""
-    ours = {profile: coded_bytes(tensors, profile) for profile in PROFILES[:2]}
-    mixed = len(mixing.encode([symbols_of(tensor.weights) for tensor in tensors]))
-    ours[codec.Profile.MAX] = min(mixed, *ours.values())
-    return {profile.value: size for profile, size in ours.items()}
+    sizes = [coded_bytes(tensors, profile) for profile in PROFILES[:2]]
+    sizes.append(len(mixing.encode([symbols_of(tensor.weights) for tensor in tensors])))
+    least = accumulate(sizes, min)
+    return {profile.value: size for profile, size in zip(PROFILES, least, strict=True)}
 
 
 def symbols_of(array: npt.NDArray[np.float32]) -> Symbols:
@@ -191,20 +192,16 @@ def coded_bytes(tensors: Sequence[Ranks], profile: codec.Profile) -> int:
     """Return the bytes that ranks take in a packed file without their codebooks.
 
     Streams, frequency tables and records are counted.  Ranks stand for their own values, lest
-    tensors of many values be stored in a way that needs no codebook.  As in a file, the
-    profiles that are faster are tried too.
+    tensors of many values be stored in a way that needs no codebook.
     """
-    arrays, sizes = [tensor.levels.astype(np.float32) for tensor in tensors], []
-    for each in PROFILES[: PROFILES.index(profile) + 1]:
-        plan = plan_tensors(Tensors.of(arrays), each)
-        head = FieldWriter()
-        for codes in plan.codes:
-            write_codes(codes, head)
-        for record in plan.records:
-            write_record(record, plan.codebooks, plan.models, head)
-        streams = coded(plan, Tables(plan.codes, plan.models, plan.layouts))
-        sizes.append(len(head.data) + sum(map(len, streams)))
-    return min(sizes)
+    arrays = [tensor.levels.astype(np.float32) for tensor in tensors]
+    plan, head = plan_tensors(Tensors.of(arrays), profile), FieldWriter()
+    for codes in plan.codes:
+        write_codes(codes, head)
+    for record in plan.records:
+        write_record(record, plan.codebooks, plan.models, head)
+    streams = coded(plan, Tables(plan.codes, plan.models, plan.layouts))
+    return len(head.data) + sum(map(len, streams))
 
 
 def _files(

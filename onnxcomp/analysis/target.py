@@ -374,6 +374,11 @@ TARGETS = MappingProxyType(
 """Built-in profiles.  Only x86-avx512 was measured: on a server core of 2024 (Xeon with
 AVX-512 and AMX, 2.6 GHz, 2 MiB of L2) with onnxruntime 1.31 on one thread."""
 
+ARCHITECTURES = MappingProxyType(
+    {"x86-avx512": "x86_64", "x86-avx2": "x86_64", "arm64": "aarch64"}
+)
+"""Instruction sets of the built-in profiles."""
+
 
 def find_target(name: str) -> Target:
     """Return a built-in profile, or the one that a file holds.

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from onnx import inliner
 from torch import Tensor
 
+from onnxcomp.analysis.functions import inlined
 from onnxcomp.bridge.ops import HANDLERS
 from onnxcomp.bridge.ops.base import Handler, Kernel, UnsupportedNodeError, Wish
 from onnxcomp.bridge.roles import STATISTICS, Roles, find_roles, origin
@@ -103,9 +103,7 @@ def make_plan(model: Model, *, batchnorm: BatchNorm) -> Plan:
     Raises:
         UnsupportedModelError: Nodes cannot be expressed; the message lists them all.
     """
-    if model.skeleton.functions:
-        inlined = inliner.inline_local_functions(model.skeleton)
-        model = Model(inlined, model.weights)
+    model = inlined(model)
     nodes = [_only_wanted(model, node) for node in _live(model)]
     found = _kernels(model, nodes)
     constants = _fold(model, nodes, found)

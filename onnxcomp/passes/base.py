@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
+from onnxcomp.analysis import Analysis
 from onnxcomp.model import Array, Model
 
 if TYPE_CHECKING:
-    from onnxcomp.analysis import Analysis
     from onnxcomp.analysis.linear import Linear
     from onnxcomp.analysis.target import Convolution
     from onnxcomp.draft import Draft
@@ -149,3 +149,12 @@ def run_exact(pass_: Pass, facts: Analysis) -> tuple[Model, Proposal]:
     draft = facts.model.edit()
     pass_.apply(draft, facts, {option: {} for option in proposal.options})
     return draft.seal(by=pass_.name), proposal
+
+
+def run_all(model: Model, passes: Sequence[Pass]) -> tuple[Model, list[Refusal]]:
+    """Apply exact passes one after the other; return the model and what was refused."""
+    refusals: list[Refusal] = []
+    for pass_ in passes:
+        model, proposal = run_exact(pass_, Analysis(model))
+        refusals += proposal.refusals
+    return model, refusals

@@ -82,9 +82,7 @@ class Factorize:
         options = []
         dense = self.target.seconds(linear.convolution)
         for form in self.forms:
-            if not FORMS[form].applies(shape) or not expressible(linear, form):
-                continue
-            for rank in self._ranks(FORMS[form].max_rank(shape)):
+            for rank in self._ranks(full_rank(linear, form)):
                 steps = chain(linear, form, rank, linear.out_channels, linear.in_channels)
                 if sum(s.weights for s in steps) >= linear.convolution.weights:
                     continue
@@ -172,6 +170,13 @@ class Factorize:
                 for index, (step, kernel) in enumerate(zip(steps, kernels, strict=True))
             ]
             write_chain(draft, node, form, steps, names)
+
+
+def full_rank(linear: Linear, form: str) -> int:
+    """Return the rank at which a form is exact; 0 where a node cannot take it."""
+    shape = kernel_shape4(linear, linear.out_channels, linear.in_channels)
+    possible = FORMS[form].applies(shape) and expressible(linear, form)
+    return FORMS[form].max_rank(shape) if possible else 0
 
 
 def chain(

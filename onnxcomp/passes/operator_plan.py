@@ -22,9 +22,9 @@ from onnxcomp.loading.writing import replacing
 from onnxcomp.model import Array, Model
 from onnxcomp.numerics.svd import FORMS
 from onnxcomp.passes import FINISH, NODE_PASSES, PREPARE
-from onnxcomp.passes.base import Arrays, Option, run_exact
-from onnxcomp.passes.chains import kernel_shape4, reason_to_stay
-from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.base import Arrays, Option, run_all
+from onnxcomp.passes.chains import reason_to_stay
+from onnxcomp.passes.factorize import Factorize, full_rank
 from onnxcomp.passes.fold_batchnorm import FoldBatchnorm
 from onnxcomp.passes.make_biases_explicit import MakeBiasesExplicit
 from onnxcomp.passes.substitute_operators import (
@@ -148,9 +148,7 @@ def _entries(fields: Fields, stored: Arrays) -> dict[str, Array]:
 
 def working_graph(model: Model) -> Model:
     """Return a model with BatchNorm folded and explicit biases."""
-    for pass_ in (*PREPARE, FoldBatchnorm(), MakeBiasesExplicit()):
-        model, _ = run_exact(pass_, Analysis(model))
-    return model
+    return run_all(model, (*PREPARE, FoldBatchnorm(), MakeBiasesExplicit()))[0]
 
 
 def replay(model: Model, plan: OperatorPlan) -> Model:
@@ -176,10 +174,7 @@ def written_into(facts: Analysis, plan: OperatorPlan) -> Model:
     for node, option in plan.options.items():
         _check(facts, option, plan.arrays[node])
     write_options(draft, facts, {o: plan.arrays[node] for node, o in plan.options.items()})
-    model = draft.seal(by="replay")
-    for exact in FINISH:
-        model, _ = run_exact(exact, Analysis(model))
-    return model
+    return run_all(draft.seal(by="replay"), FINISH)[0]
 
 
 def write_options(draft: Draft, facts: Analysis, chosen: Mapping[Option, Arrays]) -> None:
@@ -206,8 +201,4 @@ def _possible(facts: Analysis, linear: Linear, option: Option) -> bool:
         return False
     if option.method == SubstituteOperators.name:
         return option.size in legal_sizes(option.form, linear)
-    form = FORMS[option.form]
-    shape = kernel_shape4(linear, linear.out_channels, linear.in_channels)
-    return (
-        len(option.size) == 1 and form.applies(shape) and option.size[0] < form.max_rank(shape)
-    )
+    return len(option.size) == 1 and 0 < option.size[0] < full_rank(linear, option.form)

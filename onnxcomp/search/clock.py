@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from onnxcomp.analysis import Analysis
-from onnxcomp.analysis.target import Target
+from onnxcomp.analysis.target import ARCHITECTURES, Target
 from onnxcomp.bench import Benchmark, describe_machine, paired_latency
 from onnxcomp.model import Model
 from onnxcomp.samples import Samples
@@ -13,7 +13,6 @@ from onnxcomp.search.deadline import Deadline
 
 _SECONDS = 8.0  # of a measurement that a limit on the time asks for
 _LEAST_SECONDS = 0.5  # however little time is left
-_ARCHITECTURES = {"x86-avx512": "x86_64", "x86-avx2": "x86_64", "arm64": "aarch64"}
 
 
 class Clock:
@@ -53,7 +52,7 @@ class Clock:
             same, there = known.cpu == here.cpu, f"{known.cpu} ({known.architecture})"
         else:
             there = self._target.name
-            same = _ARCHITECTURES.get(there, here.architecture) == here.architecture
+            same = ARCHITECTURES.get(there, here.architecture) == here.architecture
         return "" if same else f"{there}, and this is {here.cpu} ({here.architecture})"
 
     def __call__(self, model: Model) -> float:

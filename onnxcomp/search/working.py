@@ -7,8 +7,6 @@ biases that stayed zero and merges equal tensors again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -16,7 +14,7 @@ from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.constants import Site
 from onnxcomp.model import Model
 from onnxcomp.passes import FINISH, PREPARE
-from onnxcomp.passes.base import Pass, Refusal, run_exact
+from onnxcomp.passes.base import Refusal, run_all
 from onnxcomp.passes.fold_batchnorm import FoldBatchnorm
 from onnxcomp.passes.make_biases_explicit import MakeBiasesExplicit
 from onnxcomp.samples import Samples
@@ -24,12 +22,12 @@ from onnxcomp.samples import Samples
 
 def prepare(model: Model) -> tuple[Model, list[Refusal]]:
     """Apply the exact passes that keep BatchNorm; return the model and what was refused."""
-    return _run(model, PREPARE)
+    return run_all(model, PREPARE)
 
 
 def finish(model: Model) -> Model:
     """Apply the exact passes that end every compression."""
-    return _run(model, FINISH)[0]
+    return run_all(model, FINISH)[0]
 
 
 def working_model(prepared: Model, samples: Samples | None, *, seed: int) -> Model:
@@ -38,7 +36,7 @@ def working_model(prepared: Model, samples: Samples | None, *, seed: int) -> Mod
     Other constants that carry different channels for different readers, such as one PRelu
     slope in two places, become private as well.
     """
-    folded, _ = _run(prepared, (FoldBatchnorm(), MakeBiasesExplicit()))
+    folded, _ = run_all(prepared, (FoldBatchnorm(), MakeBiasesExplicit()))
     sites = _sites_to_fork(Analysis(folded, samples, seed=seed))
     if not sites:
         return folded
@@ -72,11 +70,3 @@ def _sites_to_fork(facts: Analysis) -> list[Site]:
         if not np.array_equal(labels, part.labels):
             forks[site] = None
     return list(forks)
-
-
-def _run(model: Model, passes: Sequence[Pass]) -> tuple[Model, list[Refusal]]:
-    refusals: list[Refusal] = []
-    for pass_ in passes:
-        model, proposal = run_exact(pass_, Analysis(model))
-        refusals += proposal.refusals
-    return model, refusals
