@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.outputs import class_scores
 from onnxcomp.analysis.probe import random_inputs
 from onnxcomp.analysis.target import find_target
 from onnxcomp.augmentation import augmented
 from onnxcomp.errors import DataError, UnsupportedModelError
-from onnxcomp.evaluate import usable_batch
 from onnxcomp.model import Array, Model
 from onnxcomp.numerics.clusters import clusters
 from onnxcomp.numerics.joint_svd import JOINT_FORMS
@@ -26,11 +27,12 @@ from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.passes.substitute_operators import BYPASS, FITTED, SubstituteOperators
-from onnxcomp.runtime import Session, capture_tensors
+from onnxcomp.runtime import capture_tensors
 from onnxcomp.samples import Samples, as_samples
 from onnxcomp.search.adaptation import Adapted, adapted, batchnorm_statistics
 from onnxcomp.search.collaboration import CollaborativeSearch
 from onnxcomp.search.deadline import Deadline, Progress
+from onnxcomp.search.effort import feeds, find_effort, fitting_feeds
 from onnxcomp.search.search import Search
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.space import Space
@@ -41,12 +43,6 @@ _RANDOM_SAMPLES = 128
 _LEAST_JUDGED = 32  # different samples, of which 10 judge; promises by 5 were often broken
 _ENOUGH_SAMPLES = 512  # and pixels, up to which light copies of images are added
 _ENOUGH_PIXELS = 2**20
-_MEASURED_SAMPLES = 128  # that losses are measured on, fewer where that is much work
-_LEAST_MEASURED = 32
-_MEASURED_MACS = 40 * 10**12
-_RUNS = 5  # of the whole network, for the options of one node
-_BATCH = 32
-_STATE_BYTES = 8  # of a live float32, in both networks of the walk
 # The others were never among the best of a group of ResNet-20 and -56, and take their time.
 _SHARED = tuple(
     name
@@ -138,13 +134,16 @@ def _split(samples: Samples, settings: Settings) -> tuple[Samples, Samples]:
     """Return samples to fit on and samples to judge by.
 
     Where drift is promised for new samples, those that judge are of other kinds than those
-    fitted on, as new ones may be; elsewhere all kinds are needed to fit.
+    fitted on, as new ones may be; elsewhere all kinds are needed to fit.  Samples to fit on
+    are shuffled, as the leading ones often stand for all.
     """
-    if settings.limits.drift is None:
-        return samples.split(settings.seed)
-    arrays = [array for array in samples.arrays.values() if array.dtype.kind in "biuf"]
-    groups = clusters(arrays, settings.seed) if arrays else None
-    return samples.split(settings.seed, groups=groups)
+    groups = None
+    if settings.limits.drift is not None:
+        arrays = [array for array in samples.arrays.values() if array.dtype.kind in "biuf"]
+        groups = clusters(arrays, settings.seed) if arrays else None
+    fit, holdout = samples.split(settings.seed, groups=groups)
+    order = np.random.default_rng(settings.seed).permutation(fit.count)
+    return fit.take(order.tolist()), holdout
 
 
 def invert_samples(
@@ -274,18 +273,20 @@ def make_search(
     if adaptation is not None:
         model = adaptation.model
         facts = Analysis(model, roles.fit, seed=settings.seed, threads=settings.threads)
-    batches, measured = _batches(facts, roles.fit, settings.memory, notes)
     space = _space(facts, settings, adapted=adaptation is not None)
     fixed = [space.target, *(getattr(settings, name) for name in _DECISIVE)]
+    store = store.scoped(identity_of(original, roles.given, fixed, roles.inverted))
+    effort = find_effort(facts, roles.fit, settings, deadline, store, notes)
+    batches, measured = fitting_feeds(facts, roles.fit, effort)
     return _kind(settings)(
         space,
         batches,
         measured,
-        _feeds(facts, roles.holdout),
+        feeds(facts, roles.holdout),
         plain,
         settings=settings,
         progress=progress,
-        store=store.scoped(identity_of(original, roles.given, fixed, roles.inverted)),
+        store=store.scoped(effort),
         deadline=deadline,
         adapted=adaptation,
     )
@@ -321,7 +322,7 @@ def _adapted(
 ) -> Adapted | None:
     """Let noise move through the network as BatchNorm says that real inputs did."""
     statistics = batchnorm_statistics(prepared)
-    found = adapted(facts, statistics, _feeds(facts, noise), threads=threads)
+    found = adapted(facts, statistics, feeds(facts, noise), threads=threads)
     if not found.scales:
         return None
     notes.append(
@@ -347,44 +348,3 @@ def _space(facts: Analysis, settings: Settings, *, adapted: bool) -> Space:
         slower = limits == Limits(size=limits.size)
         passes.append(FactorizeJointly(tuple(forms), target=target, step=step, slower=slower))
     return Space(facts, [pass_.propose(facts) for pass_ in passes], target, settings.exclude)
-
-
-def _batches(
-    facts: Analysis, samples: Samples, memory: float, notes: list[str]
-) -> tuple[list[Mapping[str, Array]], int]:
-    """Return the feeds that fit the memory, and on how many losses are measured."""
-    count = max(int(memory / (_STATE_BYTES * max(_live_elements(facts), 1))), 1)
-    if count < samples.count:
-        notes.append(
-            f"fitted on {count} of {samples.count} samples to stay within "
-            f"{memory / 1e9:.1f} GB of activations"
-        )
-        samples = samples.take(range(count))
-    batches = _feeds(facts, samples)
-    size = -(-samples.count // len(batches))
-    each = max(_RUNS * len(facts.linears) * facts.cost.macs, 1)  # about, of one sample
-    wanted = min(max(_MEASURED_MACS // each, _LEAST_MEASURED), _MEASURED_SAMPLES)
-    return batches, max(min(wanted // size, len(batches)), 1)
-
-
-def _feeds(facts: Analysis, samples: Samples) -> list[Mapping[str, Array]]:
-    """Return samples as feeds of the largest batch that the model allows."""
-    inputs = facts.model.signature.inputs
-    size = usable_batch([Session(facts.model)], inputs, samples, _BATCH)
-    return [batch.feed for batch in samples.batches(inputs, size)]
-
-
-def _live_elements(facts: Analysis) -> int:
-    """Return the most elements per sample that are live at once during a forward pass."""
-    last = {n: i for i, node in enumerate(facts.model.nodes) for n in node.inputs}
-    live = peak = 0
-    ending: dict[int, int] = {}
-    for index, node in enumerate(facts.model.nodes):
-        for name in node.outputs:
-            if name in last and name in facts.tensors:
-                size = math.prod(facts.tensors[name].shape)
-                live += size
-                ending[last[name]] = ending.get(last[name], 0) + size
-        peak = max(peak, live)
-        live -= ending.pop(index, 0)
-    return peak

@@ -1,0 +1,138 @@
+"""How many samples a search works on: what memory and time allow."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+from onnxcomp.analysis import Analysis
+from onnxcomp.analysis.stream import Feeds
+from onnxcomp.evaluate import usable_batch
+from onnxcomp.runtime import Session
+from onnxcomp.samples import Samples
+from onnxcomp.search.deadline import Deadline
+from onnxcomp.search.settings import Settings
+from onnxcomp.search.store import Store
+
+_MEASURED_SAMPLES = 128  # that losses are measured on, fewer where that is much work
+_LEAST_MEASURED = 32
+_MEASURED_MACS = 40 * 10**12
+_RUNS = 5  # of the whole network, for the options of one node
+_BATCH = 32
+_STATE_BYTES = 8  # of a live float32, in both networks of the walk
+_MEASURING_SHARE = 0.3  # of a time limit, for runs of the network that measure losses
+_FITTING_SHARE = 0.2  # of it, for runs on all samples that are fitted on
+_PASSES = 20  # of these: four in each of a few candidates
+_LEAST_FITTED = 8
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Numbers of samples.
+
+    Attributes:
+        fitted: To solve arrays on.
+        measured: Of these, the leading ones that losses are measured on.
+    """
+
+    fitted: int
+    measured: int
+
+
+def find_effort(
+    facts: Analysis,
+    samples: Samples,
+    settings: Settings,
+    deadline: Deadline,
+    store: Store,
+    notes: list[str],
+) -> Effort:
+    """Return on how many samples to work.
+
+    Args:
+        facts: Analysis of the working model.
+        samples: All that may be fitted on.
+        settings: Bytes that activations may take, and the time limit.
+        deadline: When the search must end.
+        store: Where the answer is kept, as another moment would give another.
+        notes: Receives why not all samples are used.
+    """
+    whole = samples.count
+    held = int(settings.memory / (_STATE_BYTES * max(_live_elements(facts), 1)))
+    effort = Effort(min(max(held, 1), whole), _measured(facts))
+    if effort.fitted < whole:
+        notes.append(
+            f"fitted on {effort.fitted} of {whole} samples to stay within "
+            f"{settings.memory / 1e9:.1f} GB of activations"
+        )
+    if settings.time_limit is None:
+        return effort
+    known = store.get("effort", settings.time_limit)
+    hurried = _hurried(facts, samples, deadline, effort) if known is None else Effort(*known)
+    store.put("effort", settings.time_limit, [hurried.fitted, hurried.measured])
+    if hurried != effort:
+        notes.append(
+            f"for want of time fitted on {hurried.fitted} of {whole} samples, and losses "
+            f"measured on {hurried.measured}"
+        )
+    return hurried
+
+
+def fitting_feeds(
+    facts: Analysis, samples: Samples, effort: Effort
+) -> tuple[list[Feeds], int]:
+    """Return the feeds to fit on, and the number of leading ones to measure losses on."""
+    found = feeds(facts, samples.take(range(effort.fitted)), effort.measured)
+    size = -(-effort.fitted // len(found))
+    return found, max(min(effort.measured // size, len(found)), 1)
+
+
+def feeds(facts: Analysis, samples: Samples, most: int = _BATCH) -> list[Feeds]:
+    """Return samples as feeds of the largest batch that the model allows, at most 32."""
+    inputs = facts.model.signature.inputs
+    size = usable_batch([Session(facts.model)], inputs, samples, min(most, _BATCH))
+    return [batch.feed for batch in samples.batches(inputs, size)]
+
+
+def _measured(facts: Analysis) -> int:
+    """Return on how many samples losses are measured where there is time enough."""
+    each = max(_RUNS * len(facts.linears) * facts.cost.macs, 1)  # about, of one sample
+    return min(max(_MEASURED_MACS // each, _LEAST_MEASURED), _MEASURED_SAMPLES)
+
+
+def _hurried(facts: Analysis, samples: Samples, deadline: Deadline, effort: Effort) -> Effort:
+    """Return an effort at which losses of all nodes and a few candidates are made in time."""
+    each = _seconds(facts, samples)
+    losses = _MEASURING_SHARE * deadline.left / (_RUNS * max(len(facts.linears), 1) * each)
+    fitting = _FITTING_SHARE * deadline.left / (_PASSES * each)
+    return Effort(
+        min(effort.fitted, max(int(fitting), _LEAST_FITTED)),
+        min(effort.measured, max(int(losses), 1)),
+    )
+
+
+def _seconds(facts: Analysis, samples: Samples) -> float:
+    """Return how long the network takes for one sample."""
+    session = Session(facts.model, threads=facts.threads)
+    batch = next(samples.take([0]).batches(facts.model.signature.inputs, 1))
+    session.run(batch.feed)  # warms up
+    start = time.monotonic()
+    session.run(batch.feed)
+    return max(time.monotonic() - start, 1e-6)
+
+
+def _live_elements(facts: Analysis) -> int:
+    """Return the most elements per sample that are live at once during a forward pass."""
+    last = {n: i for i, node in enumerate(facts.model.nodes) for n in node.inputs}
+    live = peak = 0
+    ending: dict[int, int] = {}
+    for index, node in enumerate(facts.model.nodes):
+        for name in node.outputs:
+            if name in last and name in facts.tensors:
+                size = math.prod(facts.tensors[name].shape)
+                live += size
+                ending[last[name]] = ending.get(last[name], 0) + size
+        peak = max(peak, live)
+        live -= ending.pop(index, 0)
+    return peak

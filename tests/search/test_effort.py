@@ -1,0 +1,87 @@
+"""How many samples a search works on, and which of them lead."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from onnxcomp.analysis import Analysis
+from onnxcomp.samples import Samples
+from onnxcomp.search import effort as subject
+from onnxcomp.search.deadline import Deadline
+from onnxcomp.search.effort import Effort, find_effort, fitting_feeds
+from onnxcomp.search.setup import assign_samples
+from onnxcomp.search.store import Store
+from tests.search.searching import QUICK, inputs, wide
+
+COUNT = 200
+MODEL = wide()  # of four nodes
+
+
+def found(seconds: float | None, *, store: Store | None = None, memory: float = 1e9):
+    """Effort and notes of a search that has so much time left."""
+    samples, notes = Samples(inputs(MODEL, COUNT)), []
+    settings = replace(QUICK, time_limit=seconds, memory=memory)
+    deadline, facts = Deadline(seconds), Analysis(MODEL, samples)
+    effort = find_effort(facts, samples, settings, deadline, store or Store(None), notes)
+    return effort, notes
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Let one sample take a hundredth of a second, however fast the machine is."""
+    monkeypatch.setattr(subject, "_seconds", lambda *_: 0.01)
+
+
+def test_without_a_time_limit_all_samples_count(slow):
+    assert found(None) == (Effort(COUNT, 128), [])
+
+
+def test_enough_time_changes_nothing(slow):
+    assert found(1e4) == (Effort(COUNT, 128), [])
+
+
+def test_less_time_measures_on_fewer_and_says_so(slow):
+    """Twenty runs of 10 ms each for every sample, in 0.3 of the time."""
+    effort, notes = found(10.0)
+    assert effort.measured in (14, 15)
+    assert effort.fitted in (9, 10)
+    assert "for want of time" in notes[0]
+    efforts = [found(seconds)[0] for seconds in (0.01, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)]
+    assert efforts[0] == Effort(8, 1)
+    assert efforts == sorted(efforts, key=lambda e: (e.fitted, e.measured))
+
+
+def test_a_run_that_goes_on_works_on_the_same_samples(slow, tmp_path, monkeypatch):
+    store = Store(tmp_path / "state")
+    first, _ = found(10.0, store=store)
+    monkeypatch.setattr(subject, "_seconds", lambda *_: 0.0001)
+    assert found(10.0, store=store)[0] == first
+    assert found(10.0)[0] != first
+
+
+def test_time_and_memory_both_hold(slow):
+    little, notes = found(100.0, memory=1e5)
+    assert little.fitted < found(100.0)[0].fitted
+    assert "GB of activations" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "effort", [Effort(1, 1), Effort(9, 1), Effort(50, 5), Effort(200, 128)]
+)
+def test_feeds_hold_what_was_asked_for(effort):
+    samples = Samples(inputs(MODEL, COUNT))
+    feeds, leading = fitting_feeds(Analysis(MODEL, samples), samples, effort)
+    rows = [len(next(iter(feed.values()))) for feed in feeds]
+    assert sum(rows) == effort.fitted
+    assert sum(rows[:leading]) <= effort.measured
+    assert sum(rows[:leading]) > 0.7 * effort.measured
+
+
+def test_the_leading_samples_are_of_all_kinds():
+    """Users' files are often sorted by class."""
+    kinds = np.repeat(np.arange(4.0), 50).astype(np.float32)
+    data = {"x": inputs(MODEL, COUNT)["x"] + 100 * kinds[:, None, None, None]}
+    fit = assign_samples(MODEL, data, QUICK, []).plain
+    leading = np.round(fit.arrays["x"][:32].mean(axis=(1, 2, 3)) / 100)
+    assert set(leading) == {0.0, 1.0, 2.0, 3.0}
