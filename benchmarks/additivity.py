@@ -32,6 +32,7 @@ from benchmarks.common import (
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.model import Model, extract
+from onnxcomp.passes.working import prepare, working_model
 from onnxcomp.runtime import Session
 from onnxcomp.search.allocation import Allocator
 from onnxcomp.search.losses import Losses, LossMeter
@@ -39,7 +40,6 @@ from onnxcomp.search.outputs import OutputError
 from onnxcomp.search.settings import Limits
 from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.walk import Walk
-from onnxcomp.search.working import prepare, working_model
 
 MODEL, QUICK_MODEL = "akamaster_cifar10_resnet56", "akamaster_cifar10_resnet20"
 PLANS, QUICK_PLANS = 50, 3

@@ -29,10 +29,10 @@ from onnxcomp.passes.base import Option, Proposal
 from onnxcomp.passes.chains import kernel_shape4
 from onnxcomp.passes.factorize import Factorize, chain
 from onnxcomp.passes.remove_channels import RemoveChannels
+from onnxcomp.passes.working import finish, prepare, working_model
 from onnxcomp.search.losses import Losses, LossMeter
 from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.walk import Walk
-from onnxcomp.search.working import finish, prepare, working_model
 
 Array = npt.NDArray[Any]
 WIDTHS = "widths"

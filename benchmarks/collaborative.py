@@ -35,8 +35,8 @@ from benchmarks.tune import training_file
 from onnxcomp.analysis import Analysis
 from onnxcomp.numerics.collaborative import Removal, sensitivity
 from onnxcomp.passes.compress_collaboratively import CompressCollaboratively
+from onnxcomp.passes.working import finish, prepare
 from onnxcomp.search.collaboration import collaborate
-from onnxcomp.search.working import finish, prepare
 
 MODEL, QUICK_MODEL = "akamaster_cifar10_resnet56", "mlperftiny_cifar10_resnet8"
 PUBLISHED = (0.480, 0.518)  # shares of MACs and parameters

@@ -37,13 +37,13 @@ from onnxcomp.passes.base import Option
 from onnxcomp.passes.chains import kernel_shape4
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
+from onnxcomp.passes.working import finish, prepare, working_model
 from onnxcomp.search.deadline import Deadline
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.sharing import JointLosses, Sharing
 from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.store import Store
 from onnxcomp.search.walk import Walk
-from onnxcomp.search.working import finish, prepare, working_model
 
 MODEL, QUICK_MODEL = "akamaster_cifar10_resnet56", "akamaster_cifar10_resnet20"
 DETECTOR = "kazuhito00_yolox_nano"

@@ -37,8 +37,8 @@ from onnxcomp.passes.base import Arrays, Option
 from onnxcomp.passes.chains import kernel_shape4, to_plane
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize_jointly import FactorizeJointly, arrays_of
+from onnxcomp.passes.working import finish, prepare
 from onnxcomp.runtime import Session
-from onnxcomp.search.working import finish, prepare
 
 STACK = (8, 512, 7)  # blocks, channels, extent
 VARIANTS = ("output_basis", "output_basis_first", "output_basis_last", "spatial_first")

@@ -38,7 +38,7 @@ from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.probe import random_inputs
 from onnxcomp.analysis.target import find_target
 from onnxcomp.errors import ParameterError
-from onnxcomp.search.working import finish, prepare, working_model
+from onnxcomp.passes.working import finish, prepare, working_model
 
 IMAGENET = ("resnet18_imagenet", "resnet50_imagenet")
 CIFAR = ("akamaster_cifar10_resnet20", "akamaster_cifar10_resnet56")

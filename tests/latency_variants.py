@@ -12,7 +12,7 @@ from onnxcomp.passes.chains import kernel_shape4
 from onnxcomp.passes.channel_surgery import remove
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
-from onnxcomp.search.working import finish, prepare
+from onnxcomp.passes.working import finish, prepare
 from tests.graphs import sane_feeds
 
 GRIDS = ((1.0, 0.0), (0.0, 1.0), (0.7, 0.5), (0.5, 0.3))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -33,6 +33,7 @@ def mean_gradients(
     squared: bool = False,
     seed: int = 0,
     threads: int = 1,
+    progress: Callable[[str, float], None] = lambda *_: None,
 ) -> dict[str, Array]:
     """Return the mean gradient of a loss at the weights, BatchNormalization frozen.
 
@@ -48,6 +49,7 @@ def mean_gradients(
         squared: Return the mean over samples of the squared gradient instead.
         seed: Seed of the noise.
         threads: Threads of torch.
+        progress: Called with a label and the share done.
 
     Returns:
         float64 arrays by the name of the initializer, for all weights that are trained.
@@ -67,6 +69,7 @@ def mean_gradients(
         loss = _Loss(model, module, samples, seed)
         sums = {name: torch.zeros_like(w, dtype=torch.float64) for name, w in weights.items()}
         for feed in _single(model, samples) if squared else _feeds(model, samples):
+            progress("gradients", feed.start / samples.count)
             found = torch.autograd.grad(
                 loss.of(feed), list(weights.values()), allow_unused=True
             )

@@ -7,8 +7,6 @@ plus a factor times its cost, after Diao et al. 2021 (Sensors 21, 3464) as recon
 `spec/operator-substitution.md`: formulas and schedule are this project's own where the article
 is not known.  What differs on purpose: branches have no BatchNorm (it is folded, and closed
 forms start them at the right scale), and no labels are needed.
-
-What is found is an `OperatorPlan`, which `replay` writes into the original graph.
 """
 
 from __future__ import annotations
@@ -45,6 +43,7 @@ Progress = Callable[[str, float], None]
 _EXPLORED = 0.25  # share of the convolutions that try a random operator in a step of warm-up
 _CLIP = 1.0  # largest norm of the weights' gradient
 _MOMENTUM = 0.9
+_SLACK = 0.005  # of the original's cost, above a target that counts as reached
 _CHECKED = 4  # samples on which the result must be what torch trained
 
 
@@ -57,7 +56,7 @@ class Selection:
         factor: Weight of the cost, as a share of the original's, beside the relative squared
             change of the outputs.
         target: Share of the cost to reach, instead of paying for all of it: the penalty is
-            the factor times the distance from it.
+            the factor times the distance from it, and the last epoch within it is kept.
         gate: Derivative of the gates: "identity" (trainable gates) or "softmax" (hard forward
             pass, straight-through).
         warm_up: Epochs in which random operators are trained, one path at a time.
@@ -111,7 +110,8 @@ class Selected:
         share: Cost of the model as a share of the original's.
         loss: Relative squared change of the outputs on the samples.
         history: Loss and share of the cost after every epoch of the search.
-        table: The plan in words, one line per convolution, with its share of the cost.
+        table: The plan in words, one line per convolution, with its shares of the original's
+            parameters, MACs and predicted seconds.
     """
 
     model: Model
@@ -279,7 +279,7 @@ def search(
         training.share,
         objective.of(net, examples),
         tuple(training.history),
-        _table(choices, selection.cost),
+        _table(choices),
     )
 
 
@@ -300,6 +300,7 @@ class _Training:
         self._selection = selection
         self._progress = progress
         self._rng = np.random.default_rng(selection.seed)
+        self._best: tuple[float, dict[str, Tensor]] | None = None  # excess of an epoch, state
         self.history: list[tuple[float, float]] = []
 
     @property
@@ -316,6 +317,8 @@ class _Training:
             self._stage("warm-up", selection.warm_up, net.substitutes, self._try_paths)
         self._fix(lambda choice: None)
         self._stage("search", selection.epochs, weights, lambda: None, gates=True)
+        if self._best is not None:
+            net.load_state_dict(self._best[1])
         self._fix(lambda choice: choice.active)
         self._stage("tuning", selection.tuning, weights, lambda: None)
 
@@ -359,7 +362,7 @@ class _Training:
                 chosen = order[step * size : (step + 1) * size].tolist()
                 total += len(chosen) / count * self._backward(chosen)
                 if gates:
-                    self._penalty().backward()  # type: ignore[no-untyped-call]  # as below
+                    self._penalty().backward()  # type: ignore[no-untyped-call]  # likewise
                     _limit(net.alphas)
                     gating.step()
                 nn.utils.clip_grad_norm_(weights, _CLIP)
@@ -367,12 +370,24 @@ class _Training:
                 self._progress(name, done)
             if gates:
                 self.history.append((total, self.share))
+                self._note_epoch()
+
+    def _note_epoch(self) -> None:
+        """Keep the state of the last epoch within the target, or nearest to it."""
+        target = self._selection.target
+        if target is None:
+            return
+        excess = max(self.share - target - _SLACK, 0.0)
+        if self._best is None or excess <= self._best[0]:
+            state = {name: value.clone() for name, value in self._net.state_dict().items()}
+            self._best = excess, state
 
     def _backward(self, chosen: Sequence[int]) -> float:
         """Add the gradients of the change of the outputs on some samples; return it."""
         total = 0.0
         for share, loss in self._objective.parts(self._net, self._examples.take(chosen)):
-            (share * loss).backward()  # type: ignore[no-untyped-call]  # torch has no types there
+            if loss.requires_grad:  # not where only pools and skips are left
+                (share * loss).backward()  # type: ignore[no-untyped-call]  # untyped in torch
             total += share * loss.item()
         return total
 
@@ -391,13 +406,14 @@ def _limit(alphas: Sequence[nn.Parameter]) -> None:
             alpha.grad /= alpha.grad.abs().max().clamp(min=1.0)
 
 
-def _table(choices: Mapping[str, Choice], cost: Cost) -> str:
+def _table(choices: Mapping[str, Choice]) -> str:
     """Return the plan, one line per convolution."""
     rows = []
     for node, choice in choices.items():
-        branch = choice.branches[choice.active]
-        option, before = branch.option, choice.branches[choice.original].costs[cost]
+        branch, original = choice.branches[choice.active], choice.branches[choice.original]
+        option, before = branch.option, original.costs
         sizes = "" if option is None else " ".join(str(size) for size in option.size)
         what = "as it was" if option is None else f"{option.form} {sizes}".rstrip()
-        rows.append(f"{node}: {what}; {cost} {before:.2%} -> {branch.costs[cost]:.2%}")
+        costs = [f"{n} {before[n]:.2%} -> {now:.2%}" for n, now in branch.costs.items()]
+        rows.append("; ".join([f"{node}: {what}", *costs]))
     return "\n".join(rows)

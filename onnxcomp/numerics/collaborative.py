@@ -36,7 +36,7 @@ Cost: TypeAlias = Callable[[int, int | None], float]
 
 MOST = 0.95  # largest share of its cost that a layer loses
 _INTERVAL = 0.01  # share of a layer's units that go in one round
-_EXACT = 32  # outputs up to which each channel's look-ahead has a decomposition of its own
+_EXACT = 64  # rows or columns, up to which each channel's look-ahead has its own decomposition
 _FLOOR = 1e-10  # added to losses in front of the logarithm
 _BISECTIONS = 200
 
@@ -127,27 +127,26 @@ class Units:
     def _inner(self, table: Array) -> Array:
         """Return sum G Q' without each channel, for which each needs a decomposition.
 
-        Above `_EXACT` outputs from the components of X with the channel's entries left out:
-        they still sum to X', but are no longer orthogonal.
+        Where the smaller side of the matrix is above `_EXACT`, from the components of X with
+        the channel's entries left out: they still sum to X', but are no longer orthogonal.
 
         Args:
             table: G times the squares of the components of X, summed over the flat rows.
         """
         X, G = self._X, self._G
-        if len(X) > _EXACT:
+        if min(len(X), X[0].size) > _EXACT:
             sums = table.sum(axis=0)
             if self._flipped:
                 basis, parts = self._parts()
                 sums = np.sum(np.square(basis) * (self._flat(G) @ np.square(parts).T), axis=1)
             sums = sums.reshape(len(self.channels), -1).sum(axis=1)
             return np.asarray(sums.sum() - sums)
-        flat, by_channel = X.reshape(len(X), -1), X.transpose(1, 0, 2)
-        grams = flat @ flat.T - by_channel @ by_channel.transpose(0, 2, 1)
         found = np.empty(len(self.channels))
-        for j, basis in enumerate(np.linalg.eigh(grams)[1]):
-            rest = np.delete(X, j, axis=1).reshape(len(X), -1)
-            weights = np.square(basis).T @ np.delete(G, j, axis=1).reshape(len(X), -1)
-            found[j] = np.sum(weights * np.square(basis.T @ rest))
+        for j in range(len(found)):
+            rest, weights = (self._flat(np.delete(a, j, axis=1)) for a in (X, G))
+            basis = np.linalg.eigh(rest @ rest.T)[1]
+            table = np.square(basis).T @ weights
+            found[j] = np.sum(table * np.square(basis.T @ rest))
         return found
 
     @property

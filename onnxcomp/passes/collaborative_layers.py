@@ -73,6 +73,7 @@ class Layers:
         facts: The model.
         gradients: Mean or mean squared gradient of each weight, by its name.
         excluded: Nodes that stay as they are.
+        progress: Called with a layer's name and the share done, here and in `at`.
     """
 
     def __init__(
@@ -81,14 +82,17 @@ class Layers:
         facts: Analysis,
         gradients: Mapping[str, Array],
         excluded: Collection[str] = (),
+        progress: Callable[[str, float], None] = lambda *_: None,
     ) -> None:
         self._settings = settings
+        self._progress = progress
         self._facts = facts
         self._excluded = excluded
         self._whys = dict(facts.not_linear)
         self.members: dict[str, Layer] = {}
         inner = _inner(facts)
-        for linear in facts.linears.values():
+        for position, linear in enumerate(facts.linears.values()):
+            progress(linear.id, position / len(facts.linears))
             reason = "excluded" * (linear.id in excluded) or _reason(facts, linear, inner)
             gradient = gradients.get(linear.weight)
             if not reason and gradient is None:
@@ -136,10 +140,10 @@ class Layers:
             rate * self.whole,
             per_cost=self._settings.per_cost,
         )
-        found = {
-            layer.linear.id: self._on_grid(layer, share)
-            for layer, share in zip(layers, shares, strict=True)
-        }
+        found = {}
+        for position, (layer, share) in enumerate(zip(layers, shares, strict=True)):
+            self._progress(layer.linear.id, position / len(layers))
+            found[layer.linear.id] = self._on_grid(layer, share)
         if self._settings.reconstruct:
             found = self._without_waste(found)
         if timely or self._settings.cost == "seconds":
@@ -256,7 +260,10 @@ class Layers:
         if found.rank is None:
             return Kept(dropped)
         top = FORMS[FORM].max_rank(kernel_shape4(linear, linear.out_channels, width))
-        return Kept(dropped, self._settings.rounded(found.rank, top))
+        rank = self._settings.rounded(found.rank, top)
+        if rank > found.rank and layer.cost(width, rank) >= layer.cost(width, None):
+            return Kept(dropped)
+        return Kept(dropped, rank)
 
 
 def dropped_by_all(

@@ -21,18 +21,17 @@ from onnxcomp.json_fields import Fields
 from onnxcomp.loading.writing import replacing
 from onnxcomp.model import Array, Model
 from onnxcomp.numerics.svd import FORMS
-from onnxcomp.passes import FINISH, NODE_PASSES, PREPARE
-from onnxcomp.passes.base import Arrays, Option, run_all
+from onnxcomp.passes import NODE_PASSES
+from onnxcomp.passes.base import Arrays, Option
 from onnxcomp.passes.chains import reason_to_stay
 from onnxcomp.passes.factorize import Factorize, full_rank
-from onnxcomp.passes.fold_batchnorm import FoldBatchnorm
-from onnxcomp.passes.make_biases_explicit import MakeBiasesExplicit
 from onnxcomp.passes.substitute_operators import (
     FITTED,
     TRAINED,
     SubstituteOperators,
     legal_sizes,
 )
+from onnxcomp.passes.working import finish, prepare, working_model
 from onnxcomp.sample_files import read_npz
 from onnxcomp.samples import MAX_BYTES
 
@@ -147,8 +146,8 @@ def _entries(fields: Fields, stored: Arrays) -> dict[str, Array]:
 
 
 def working_graph(model: Model) -> Model:
-    """Return a model with BatchNorm folded and explicit biases."""
-    return run_all(model, (*PREPARE, FoldBatchnorm(), MakeBiasesExplicit()))[0]
+    """Return a model with BatchNorm folded and private, explicit biases."""
+    return working_model(prepare(model)[0], None, seed=0)
 
 
 def replay(model: Model, plan: OperatorPlan) -> Model:
@@ -174,7 +173,7 @@ def written_into(facts: Analysis, plan: OperatorPlan) -> Model:
     for node, option in plan.options.items():
         _check(facts, option, plan.arrays[node])
     write_options(draft, facts, {o: plan.arrays[node] for node, o in plan.options.items()})
-    return run_all(draft.seal(by="replay"), FINISH)[0]
+    return finish(draft.seal(by="replay"))
 
 
 def write_options(draft: Draft, facts: Analysis, chosen: Mapping[Option, Arrays]) -> None:
@@ -185,14 +184,16 @@ def write_options(draft: Draft, facts: Analysis, chosen: Mapping[Option, Arrays]
 
 
 def _check(facts: Analysis, option: Option, arrays: Arrays) -> None:
-    """Refuse an option that its node cannot become, and kernels of another size."""
+    """Refuse an option that its node cannot become, and kernels of other shapes."""
     linear = facts.linears.get(option.target)
     if linear is None or not _possible(facts, linear, option):
         raise ParameterError(f"replay: the model has no convolution that can become {option}")
-    widths = linear.out_channels, linear.in_channels
-    steps = NODE_PASSES[option.method].chain(option, linear, *widths)
-    wanted, found = sum(s.weights for s in steps), sum(a.size for a in arrays.values())
-    if wanted != found or arrays.keys() != {str(index) for index in range(len(arrays))}:
+    kernel = linear.kernel(facts.model.weights[linear.weight])
+    if option.form in TRAINED:
+        wanted = SubstituteOperators().start(option, kernel, None)
+    else:
+        wanted, _ = NODE_PASSES[option.method].fit(option, kernel, None)
+    if {n: a.shape for n, a in arrays.items()} != {n: a.shape for n, a in wanted.items()}:
         raise ParameterError(f"replay: the kernels of {option} do not fit the model")
 
 

@@ -176,7 +176,8 @@ class SubstituteOperators:
         """Return kernels to train from, of any form.
 
         The first half of `separable_twice` passes its inputs on, the second is `separable`:
-        behind a Relu and at stride 1 the whole then computes what `separable` does.
+        behind a Relu, at stride 1 and with an odd kernel padded to the same extent, the whole
+        then computes what `separable` does.
         """
         if option.form in FITTED:
             return self.fit(option, kernel, metric)[0]

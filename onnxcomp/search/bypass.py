@@ -42,7 +42,7 @@ class BypassMeter:
     measured: int
     seed: int
 
-    def losses(self, space: Space, twins: Twins, linear: Linear) -> dict[Option, float]:
+    def errors(self, space: Space, twins: Twins, linear: Linear) -> dict[Option, float]:
         """Return the output error by option; nothing where this is none.
 
         Args:

@@ -28,6 +28,7 @@ from onnxcomp.passes.compress_collaboratively import (
 )
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
+from onnxcomp.passes.working import finish, prepare, working_model
 from onnxcomp.report import Action
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples
@@ -37,7 +38,6 @@ from onnxcomp.search.search import Search
 from onnxcomp.search.settings import Limits
 from onnxcomp.search.space import Plan, Side, Space, Widths
 from onnxcomp.search.walk import Walk, Walked
-from onnxcomp.search.working import finish, prepare, working_model
 
 _ROUNDS = 12  # of bisection for the rate whose plan uses the limits up
 _BATCH = 32
@@ -279,7 +279,9 @@ class CollaborativeSearch(Search):
             pattern = re.compile(exclude)
             nodes = facts.model.nodes
             excluded |= {n.id for n in nodes if pattern.search(n.id) or pattern.search(n.name)}
-        return self.timed("gradients", lambda: self._pass.layers(facts, frozenset(excluded)))
+        progress = self._progress_until_deadline
+        work = partial(self._pass.layers, facts, frozenset(excluded), progress)
+        return self.timed("gradients", work)
 
     def choose(
         self, losses: Losses, limits: Limits, *, seconds: float = np.inf

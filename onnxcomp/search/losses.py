@@ -299,19 +299,12 @@ class LossMeter:
         options, missing = fitted(self._space.forms[linear.id], metric)
         if missing:
             self._refusals[linear.id] = missing
-        bypassed = self._bypass(twins, linear) if self._data_aware else {}
-        self._forms |= bypassed
         errors: dict[Option, float] = {}
         for method, pass_ in NODE_PASSES.items():
             mine = [option for option in options if option.method == method]
             errors |= pass_.errors(mine, kernel, metric)
         matrix = kernel.reshape(len(kernel), -1)
         bound = _HOPELESS * float(np.vdot(matrix, metric.times(matrix)))
-        kept = efficient(self._space, linear, {o: e for o, e in errors.items() if e <= bound})
-        if not kept:
-            if not bypassed and (options or not missing):
-                self._refuse_forms(linear, "loses half of its output")
-            return
         session = twins.current.tail([linear.weight, linear.bias], self._outputs)
         full = metric.solve(matrix).reshape(kernel.shape)
 
@@ -320,6 +313,13 @@ class LossMeter:
             return self._tail(twins, session, linear, dense, bias)
 
         without = error(full) if self._data_aware else 0.0
+        bypassed = self._bypassed(twins, linear, without) if self._data_aware else {}
+        self._forms |= bypassed
+        kept = efficient(self._space, linear, {o: e for o, e in errors.items() if e <= bound})
+        if not kept:
+            if not bypassed and (options or not missing):
+                self._refuse_forms(linear, "loses half of its output")
+            return
 
         def loss(option: Option) -> float:
             self._deadline.check()
@@ -338,9 +338,11 @@ class LossMeter:
             f"{known}; every other form {reason}" if known else f"every smaller form {reason}"
         )
 
-    def _bypass(self, twins: Twins, linear: Linear) -> dict[Option, float]:
+    def _bypassed(self, twins: Twins, linear: Linear, without: float) -> dict[Option, float]:
+        """Return what it costs to leave a node out, beyond the error without any option."""
         meter = BypassMeter(self._error, self._outputs, self._measured, self._seed)
-        return meter.losses(self._space, twins, linear)
+        found = meter.errors(self._space, twins, linear)
+        return {option: lost - without for option, lost in found.items()}
 
     def _tail(
         self, twins: Twins, session: Session, linear: Linear, kernel: Array, bias: Array

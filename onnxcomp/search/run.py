@@ -20,6 +20,7 @@ from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.evaluate import predict
 from onnxcomp.metrics import Metric, load_metric
 from onnxcomp.model import Model
+from onnxcomp.passes.working import finish, prepare
 from onnxcomp.report import Action, Figures, Report
 from onnxcomp.samples import Samples
 from onnxcomp.search.clock import Clock
@@ -33,7 +34,6 @@ from onnxcomp.search.space import Plan
 from onnxcomp.search.storage import sized_as, without_codebook
 from onnxcomp.search.store import Store
 from onnxcomp.search.tuning import SEARCH_SHARE, check_expressible, check_tuning, tuned
-from onnxcomp.search.working import finish, prepare
 from onnxcomp.validation import Ladder, validate
 
 _LATENCY_SECONDS = 20.0  # of the measurement that is reported

@@ -15,6 +15,7 @@ from onnxcomp.analysis.stream import Feeds
 from onnxcomp.errors import LimitError
 from onnxcomp.model import Array, Model
 from onnxcomp.passes.base import Refusal
+from onnxcomp.passes.working import finish
 from onnxcomp.report import Action
 from onnxcomp.search.actions import describe
 from onnxcomp.search.adaptation import Adapted
@@ -28,7 +29,6 @@ from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.storage import Storage, written_bytes
 from onnxcomp.search.store import Store
 from onnxcomp.search.walk import Walk
-from onnxcomp.search.working import finish
 
 T = TypeVar("T")
 _FRONT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)

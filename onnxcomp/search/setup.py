@@ -27,6 +27,7 @@ from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.passes.substitute_operators import BYPASS, FITTED, SubstituteOperators
+from onnxcomp.passes.working import working_model
 from onnxcomp.runtime import capture_tensors
 from onnxcomp.samples import Samples, as_samples
 from onnxcomp.search.adaptation import Adapted, adapted, batchnorm_statistics
@@ -37,7 +38,6 @@ from onnxcomp.search.search import Search
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.space import Space
 from onnxcomp.search.store import Store, identity_of
-from onnxcomp.search.working import working_model
 
 _RANDOM_SAMPLES = 128
 _LEAST_JUDGED = 32  # different samples, of which 10 judge; promises by 5 were often broken

@@ -32,13 +32,13 @@ from onnxcomp.numerics.rounding import Rounded, Rounder
 from onnxcomp.passes.base import Refusal, run_exact
 from onnxcomp.passes.emit_codebook import EmitCodebook
 from onnxcomp.passes.share_weights import ShareWeights
+from onnxcomp.passes.working import finish, prepare, working_model
 from onnxcomp.report import Action
 from onnxcomp.samples import Samples
 from onnxcomp.search.deadline import Progress, TimeLimitReached
 from onnxcomp.search.outputs import OutputMeter
 from onnxcomp.search.refits import like_bias
 from onnxcomp.search.twins import Twins
-from onnxcomp.search.working import finish, prepare, working_model
 
 _log = logging.getLogger(__name__)
 _STEPS = (-8, -6, -4, -3, -2, -1, 0, 1, 2)  # powers of two of a weight's deviation from 0

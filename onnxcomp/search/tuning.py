@@ -10,13 +10,13 @@ from pathlib import Path
 
 from onnxcomp.errors import DataError, ParameterError, UnsupportedModelError
 from onnxcomp.model import Model
+from onnxcomp.passes.working import finish, prepare
 from onnxcomp.samples import Samples
 from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.judge import Judge
 from onnxcomp.search.pursuit import Outcome
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.storage import in_form
-from onnxcomp.search.working import finish, prepare
 from onnxcomp.teaching import label_scores
 from onnxcomp.tune import TuneResult, Tuning, check_torch, tune
 

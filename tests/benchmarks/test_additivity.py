@@ -8,11 +8,11 @@ from benchmarks.baselines import whole_space
 from benchmarks.common import DIGITS, model_path
 from onnxcomp import load
 from onnxcomp.analysis import Analysis
+from onnxcomp.passes.working import prepare, working_model
 from onnxcomp.samples import as_samples
 from onnxcomp.search.allocation import Allocator
 from onnxcomp.search.losses import LossMeter
 from onnxcomp.search.settings import Limits
-from onnxcomp.search.working import prepare, working_model
 
 COUNT = 32
 

@@ -9,9 +9,9 @@ from onnxcomp import load
 from onnxcomp.analysis import Analysis
 from onnxcomp.errors import ParameterError
 from onnxcomp.model import extract
+from onnxcomp.passes.working import prepare, working_model
 from onnxcomp.runtime import Session
 from onnxcomp.samples import as_samples
-from onnxcomp.search.working import prepare, working_model
 
 
 @pytest.fixture(scope="module")

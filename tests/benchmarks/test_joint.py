@@ -11,9 +11,9 @@ from onnxcomp.analysis.target import TARGETS
 from onnxcomp.model import Model
 from onnxcomp.numerics.joint_svd import JOINT_FORMS
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
+from onnxcomp.passes.working import prepare, working_model
 from onnxcomp.runtime import Session
 from onnxcomp.search.space import Space
-from onnxcomp.search.working import prepare, working_model
 from tests.graphs import sane_feeds
 from tests.passes.joint_cases import residual
 

@@ -13,8 +13,8 @@ from onnxcomp.bridge import takes_batches, to_torch
 from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.loading import load
 from onnxcomp.model import Model
+from onnxcomp.passes.working import prepare
 from onnxcomp.samples import Samples
-from onnxcomp.search.working import prepare
 from tests.analysis.channel_cases import CASES as CHANNELS
 from tests.bridge.checks import backward, converted, feed_of, without_gradient
 from tests.graphs import sane_feeds, shared_models

@@ -13,7 +13,7 @@ from onnxcomp.numerics.joint_svd import JOINT_FORMS, Joint, Member
 from onnxcomp.passes.base import Option
 from onnxcomp.passes.chains import to_plane
 from onnxcomp.passes.factorize_jointly import FactorizeJointly, arrays_of
-from onnxcomp.search.working import prepare, working_model
+from onnxcomp.passes.working import prepare, working_model
 from tests.analysis.channel_graphs import Graph
 from tests.graphs import SHARED, sane_feeds
 

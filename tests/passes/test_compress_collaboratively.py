@@ -289,11 +289,13 @@ def test_more_at_a_higher_rate_and_sizes_on_the_grid():
         small = applied(facts, CompressCollaboratively(rate=rate).solve(facts))
         costs.append(Analysis(small, facts.samples).cost.macs)
     assert costs == sorted(costs, reverse=True)
-    eights = CompressCollaboratively(rate=0.5, step=4)
-    for node, kept in eights.layers(facts).at(0.5).items():
+    layers = CompressCollaboratively(rate=0.5, step=4).layers(facts)
+    for node, kept in layers.at(0.5).items():
         count = facts.linears[node].in_channels
-        assert (count - len(kept.dropped)) % 4 == 0 or not kept.dropped
-        assert kept.rank is None or kept.rank % 4 == 0 or kept.rank >= count
+        width, cost = count - len(kept.dropped), layers.members[node].cost
+        assert width % 4 == 0 or not kept.dropped
+        assert kept.rank is None or kept.rank % 4 == 0
+        assert kept.rank is None or cost(width, kept.rank) < cost(width, None)
 
 
 def test_seconds_ask_for_other_rates_than_macs():

@@ -17,9 +17,9 @@ from onnxcomp.passes import PASSES
 from onnxcomp.passes.base import run_exact
 from onnxcomp.passes.fold_batchnorm import FoldBatchnorm
 from onnxcomp.passes.make_biases_explicit import MakeBiasesExplicit
+from onnxcomp.passes.working import finish, prepare, working_model
 from onnxcomp.report.inspection import inspect_model
 from onnxcomp.runtime import Session
-from onnxcomp.search.working import finish, prepare, working_model
 from tests.analysis.channel_law import analyse, draw, free_groups, obeys
 from tests.passes.exact_checks import TOLERANCE, drift
 from tests.passes.joint_cases import (

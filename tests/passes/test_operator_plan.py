@@ -176,7 +176,9 @@ def test_plans_of_other_models_are_refused(plan):
         with pytest.raises(ParameterError, match="can become"):
             replay(network(), OperatorPlan({option.target: option}, arrays, {}))
     kernels = {"0": plan.arrays[separable.target]["0"], "2": np.zeros((8, 16, 1, 1), "f4")}
-    for wrong in (kernels, {"0": kernels["0"]}):
+    first_kernel = plan.arrays[separable.target]["0"]
+    turned = {**plan.arrays[separable.target], "0": first_kernel.swapaxes(0, 1)}  # as large
+    for wrong in (kernels, {"0": kernels["0"]}, turned):
         arrays = {separable.target: wrong}
         with pytest.raises(ParameterError, match="do not fit"):
             replay(network(), OperatorPlan({separable.target: separable}, arrays, {}))

@@ -13,13 +13,13 @@ from onnxcomp.model import Array, Model
 from onnxcomp.passes.base import Option, Pass
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
+from onnxcomp.passes.working import prepare, working_model
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples
 from onnxcomp.search.losses import Losses, LossMeter
 from onnxcomp.search.outputs import OutputMeter
 from onnxcomp.search.space import Plan, Space, fits
 from onnxcomp.search.walk import Walk
-from onnxcomp.search.working import prepare, working_model
 from tests.graphs import sane_feeds
 from tests.search.cases import CASES
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from onnxcomp.analysis import Analysis
 from onnxcomp.model import Array, Model
+from onnxcomp.passes.working import finish, prepare
 from onnxcomp.search.deadline import Deadline
 from onnxcomp.search.judge import Judge
 from onnxcomp.search.pursuit import Outcome, Pursuit
@@ -15,7 +16,6 @@ from onnxcomp.search.search import Search
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.setup import Roles, assign_samples, make_search
 from onnxcomp.search.store import Store
-from onnxcomp.search.working import finish, prepare
 from tests.analysis.channel_graphs import Graph
 
 QUICK = Settings(latency=False, grid="8", methods=("remove_channels",))

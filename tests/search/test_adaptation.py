@@ -9,9 +9,9 @@ from onnxcomp.analysis.moments import collect_moments
 from onnxcomp.analysis.probe import random_inputs
 from onnxcomp.analysis.stream import Stream
 from onnxcomp.model import Array, Model
+from onnxcomp.passes.working import prepare, working_model
 from onnxcomp.runtime import Session, with_outputs
 from onnxcomp.search.adaptation import Adapted, adapted, batchnorm_statistics
-from onnxcomp.search.working import prepare, working_model
 from tests.analysis.channel_graphs import Graph
 from tests.graphs import SHARED, shared_models
 

@@ -6,9 +6,9 @@ import pytest
 
 from onnxcomp.errors import LimitError
 from onnxcomp.model import Model
+from onnxcomp.passes.working import finish
 from onnxcomp.search.allocation import Allocator
 from onnxcomp.search.settings import Limits
-from onnxcomp.search.working import finish
 from tests.graphs import SHARED
 from tests.search.cases import concat_of_three
 from tests.search.lab import Lab, known, measured_cost

@@ -12,12 +12,12 @@ from onnxcomp.analysis import Analysis
 from onnxcomp.errors import DataError, ParameterError
 from onnxcomp.model import Model
 from onnxcomp.passes.compress_collaboratively import CompressCollaboratively
+from onnxcomp.passes.working import finish, prepare, working_model
 from onnxcomp.samples import Samples
 from onnxcomp.search.collaboration import CollaborativeSearch, collaborate, plan_at
 from onnxcomp.search.run import Result, compress
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.space import Space
-from onnxcomp.search.working import finish, prepare, working_model
 from tests.passes.exact_checks import drift
 from tests.passes.test_compress_collaboratively import dense, mixed, residual, seconds_of
 from tests.search.searching import inputs
@@ -145,6 +145,15 @@ def test_too_much_gives_the_least_there_is():
 def test_a_time_box_does_not_look_for_further_plans():
     result = run(Limits(macs=0.5), settings=replace(SETTINGS, time_limit=600.0))
     assert result.model.digest == half().model.digest
+
+
+def test_without_time_nothing_changes():
+    """Gradients and the rounds in which units go end with the limit, too."""
+    result = run(Limits(macs=0.5), settings=replace(SETTINGS, time_limit=1e-6))
+    assert not result.met
+    assert result.plan.empty
+    assert any("time limit" in note for note in result.report.notes)
+    assert "gradients" in result.search.seconds
 
 
 def test_a_run_goes_on_where_another_ended(tmp_path):

@@ -12,6 +12,7 @@ from onnxcomp.model import Model
 from onnxcomp.numerics.selection import Elimination
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
+from onnxcomp.passes.working import finish
 from onnxcomp.search.allocation import Allocator
 from onnxcomp.search.choices import find_choices
 from onnxcomp.search.losses import Losses
@@ -19,7 +20,6 @@ from onnxcomp.search.outputs import OutputMeter
 from onnxcomp.search.settings import Limits
 from onnxcomp.search.sharing import JointLosses
 from onnxcomp.search.space import Plan, fits
-from onnxcomp.search.working import finish
 from tests.analysis.channel_graphs import Graph
 from tests.passes.joint_cases import NAME, common_readers
 from tests.search.joint_lab import DIGITS, JOINT, digits, members_of, mixed, plan_of, readers

@@ -97,6 +97,18 @@ def test_a_convolution_is_left_out_where_the_next_can_do_its_work():
         assert lab.error(own) > 1.5 * losses.forms[option]  # without the refit of the next
 
 
+def test_what_was_lost_elsewhere_is_not_the_loss_of_leaving_out():
+    """In place of a network that lost much, an option costs what it adds to that."""
+    lab, losses = known("blocks")
+    last = list(lab.space.facts.linears.values())[-1]
+    weights = {last.weight: (0.7 * lab.model.weights[last.weight]).astype(np.float32)}
+    lost = lab.error(weights)
+    for option in bypassed(losses):
+        found = lab.meter().run(weights, [option.target]).forms[option]
+        assert lost > 1.5 * losses.forms[option]
+        assert 0.2 < found / losses.forms[option] < 1.0  # seven tenths reach the outputs
+
+
 def test_nothing_is_left_out_in_front_of_what_must_stay():
     lab, losses = known("blocks")
     first, reader = [*lab.space.facts.linears][1:3]

@@ -8,10 +8,10 @@ import pytest
 
 from onnxcomp.analysis import Analysis
 from onnxcomp.model import Array, Model
+from onnxcomp.passes.working import prepare, working_model
 from onnxcomp.search.adaptation import Adapted
 from onnxcomp.search.space import Plan
 from onnxcomp.search.walk import Walk
-from onnxcomp.search.working import prepare, working_model
 from tests.analysis.channel_graphs import Graph
 from tests.search.cases import CASES, residual
 from tests.search.lab import Lab, distance, known, measured_cost
