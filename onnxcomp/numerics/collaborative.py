@@ -35,8 +35,8 @@ Cost: TypeAlias = Callable[[int, int | None], float]
 """What a layer costs with so many input channels, in two parts of a rank or (None) whole."""
 
 MOST = 0.95  # largest share of its cost that a layer loses
+EXACT_UP_TO = 32  # rows or columns, where each channel's look-ahead has its own decomposition
 _INTERVAL = 0.01  # share of a layer's units that go in one round
-_EXACT = 64  # rows or columns, up to which each channel's look-ahead has its own decomposition
 _FLOOR = 1e-10  # added to losses in front of the logarithm
 _BISECTIONS = 200
 
@@ -93,7 +93,7 @@ class Units:
             self.rank = min(self.rank, self._X[0].size)
             self._found = None
 
-    def scores(self, gamma: float) -> tuple[Array, Array]:
+    def scores(self, gamma: float, exact_up_to: int = EXACT_UP_TO) -> tuple[Array, Array]:
         """Return the scores Back + gamma Fwd of all channels and of all singular values.
 
         Back is L without the unit; Fwd the mean of L without it and without any one of the
@@ -101,7 +101,10 @@ class Units:
 
             Fwd = Back - 4 / (n - 1) sum G (X' - W) X' + 1 / (n - 1) sum G (X'^2 + Q')
 
-        with Q' the sum of the squared components of X'.
+        with Q' the sum of the squared components of X'.  Without a channel these need a
+        decomposition of their own; where the smaller side of X is above `exact_up_to`, the
+        components of X stand for them with the channel's entries left out: they still sum to
+        X', but are no longer orthogonal.
         """
         E, G, X = self._X - self._W, self._G, self._X
         GE, GX = G * E, G * X
@@ -118,23 +121,21 @@ class Units:
             return np.asarray(back + gamma * (back + (squares - 4.0 * product) / others))
 
         back = loss - error + np.sum(G * self._W * self._W, axis=(0, 2))
-        inner = self._inner(table) if gamma else np.zeros_like(back)
+        inner = self._inner(table, exact_up_to) if gamma else np.zeros_like(back)
         by_channel = score(back, cross.sum() - cross, square.sum() - square + inner)
         product = cross.sum() - with_error - with_self + energy
         squares = square.sum() - 2.0 * with_self + energy.sum()
         return by_channel, score(loss - 2.0 * with_error + energy, product, squares)
 
-    def _inner(self, table: Array) -> Array:
-        """Return sum G Q' without each channel, for which each needs a decomposition.
-
-        Where the smaller side of the matrix is above `_EXACT`, from the components of X with
-        the channel's entries left out: they still sum to X', but are no longer orthogonal.
+    def _inner(self, table: Array, exact_up_to: int) -> Array:
+        """Return sum G Q' without each channel.
 
         Args:
             table: G times the squares of the components of X, summed over the flat rows.
+            exact_up_to: As of `scores`.
         """
         X, G = self._X, self._G
-        if min(len(X), X[0].size) > _EXACT:
+        if min(len(X), X[0].size) > exact_up_to:
             sums = table.sum(axis=0)
             if self._flipped:
                 basis, parts = self._parts()
@@ -317,11 +318,19 @@ class Removal:
         weight: W, shape (N, C, v).
         importance: G, of the same shape.
         gamma: Weight of the look-ahead.
+        exact_up_to: Smaller side up to which that is exact, see `Units.scores`.
     """
 
-    def __init__(self, weight: Array, importance: Array, gamma: float) -> None:
+    def __init__(
+        self,
+        weight: Array,
+        importance: Array,
+        gamma: float,
+        exact_up_to: int = EXACT_UP_TO,
+    ) -> None:
         self._units = Units(weight, importance)
         self._gamma = gamma
+        self._exact_up_to = exact_up_to
         self._count = weight.shape[1]
         self._states = [Kept()]
 
@@ -343,7 +352,7 @@ class Removal:
     def _advance(self) -> bool:
         """Make one more round; tell whether there was anything to remove."""
         units, last = self._units, self._states[-1]
-        by_channel, by_component = units.scores(self._gamma)
+        by_channel, by_component = units.scores(self._gamma, self._exact_up_to)
         order = np.argsort(np.concatenate([by_channel, by_component]), kind="stable")
         channels: list[int] = []
         components: list[int] = []

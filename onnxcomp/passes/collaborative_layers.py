@@ -193,7 +193,9 @@ class Layers:
         importance = found if self._settings.squared else np.square(found)
         cost = cache(partial(self._layer_cost, linear, self._own_input(linear)))
         curve = sensitivity(weight, importance, cost)
-        return Layer(linear, cost, curve, Removal(weight, importance, self._settings.gamma))
+        settings = self._settings
+        removal = Removal(weight, importance, settings.gamma, settings.exact_up_to)
+        return Layer(linear, cost, curve, removal)
 
     def _layer_cost(self, linear: Linear, own: bool, channels: int, rank: int | None) -> float:
         """Return what a layer costs, in seconds with its index selection."""

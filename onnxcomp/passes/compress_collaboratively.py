@@ -12,9 +12,6 @@ weights stay those of the original layer, which ends as one of
 Channels that every reader of a tensor drops go where they are made; in front of a layer that
 drops others an index selection (Gather) stays.
 
-The look-ahead of a layer of which both sides are above 64 is nearly exact (see
-`numerics.collaborative`).
-
 In the common allocator the same units compete as `remove_channels` and as the output basis of
 `factorize`, judged by the outputs on samples.  Gradients nominate nothing there: at the same
 MACs and with the same refits the allocator's own choice keeps far more of ResNet-56's accuracy
@@ -34,7 +31,7 @@ import numpy as np
 from onnxcomp.analysis.linear import kernel_of, stored_as
 from onnxcomp.analysis.target import TARGETS, Target
 from onnxcomp.errors import DataError, LimitError, ParameterError, UnsupportedModelError
-from onnxcomp.numerics.collaborative import Kept
+from onnxcomp.numerics.collaborative import EXACT_UP_TO, Kept
 from onnxcomp.numerics.svd import FORMS
 from onnxcomp.passes.base import Arrays, Need, Option, Proposal, Refusal
 from onnxcomp.passes.chains import from_plane, to_plane
@@ -57,6 +54,8 @@ class CompressCollaboratively:
         rate: Share of the whole network's cost that the layers lose, in (0, 1); where
             producers lose channels with their readers, more goes.
         gamma: Weight of the look-ahead in the order of the units, at least 0.
+        exact_up_to: Rows or columns of a layer's matrix up to which the look-ahead is exact;
+            larger ones take components of the round, which is faster.
         cost: "macs", or "seconds" as the target's latency model predicts them.
         per_cost: Layers lose at a common slope per unit of cost (least sum of losses), not at
             the code's common slope of curves.
@@ -74,6 +73,7 @@ class CompressCollaboratively:
 
     rate: float = 0.5
     gamma: float = 0.9
+    exact_up_to: int = EXACT_UP_TO
     cost: str = "macs"
     per_cost: bool = False
     squared: bool = False

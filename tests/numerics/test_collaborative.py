@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcomp.errors import LimitError, ParameterError
-from onnxcomp.numerics import collaborative
 from onnxcomp.numerics.collaborative import (
     MOST,
     Curve,
@@ -21,7 +20,7 @@ from onnxcomp.numerics.collaborative import (
 
 TIGHT = 1e-12  # relative; sums of the same products in another order
 SHAPES = [(6, 5, 9), (4, 7, 1), (9, 4, 1), (16, 3, 1), (50, 4, 1), (40, 3, 16)]
-GAMMA = 0.9
+GAMMA, EXACT = 0.9, 64
 
 
 def layer(shape, seed=0):
@@ -93,13 +92,13 @@ def test_scores_are_those_of_trying_everything(shape):
     W, G = layer(shape)
     everything = list(range(shape[1]))
     for gamma in (0.0, GAMMA, 3.0):
-        found = np.concatenate(Units(W, G).scores(gamma))
+        found = np.concatenate(Units(W, G).scores(gamma, EXACT))
         wanted = brute_scores(W, G, W, everything, gamma)
         assert found == pytest.approx(wanted, rel=TIGHT)
     W, G, X, units = some_gone(shape)
     assert units.loss == pytest.approx(lost(G, X, W), rel=TIGHT)
     wanted = brute_scores(W, G, X, [c for c in everything if c != 1], GAMMA)
-    assert np.concatenate(units.scores(GAMMA)) == pytest.approx(wanted, rel=TIGHT)
+    assert np.concatenate(units.scores(GAMMA, EXACT)) == pytest.approx(wanted, rel=TIGHT)
 
 
 def test_the_comparison_sees_a_wrong_look_ahead():
@@ -127,9 +126,8 @@ def test_any_shape(shape, seed):
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 9), (16, 3, 1)])
-def test_wide_layers_keep_the_components_of_the_round(shape, monkeypatch):
-    """Above so many outputs: the present components with the channel's entries left out."""
-    monkeypatch.setattr(collaborative, "_EXACT", 1)
+def test_wide_layers_keep_the_components_of_the_round(shape):
+    """Above so many rows: the present components with the channel's entries left out."""
     W, G, X, units = some_gone(shape)
     channels = units.channels.tolist()
     components = decomposed(X)
@@ -141,7 +139,7 @@ def test_wide_layers_keep_the_components_of_the_round(shape, monkeypatch):
         ahead = sum(lost(G, left - part, W) for part in rest)
         back = lost(G, left, W)
         wanted.append(back + GAMMA * ahead / (len(channels) + len(components) - 1))
-    found = units.scores(GAMMA)[0]
+    found = units.scores(GAMMA, 1)[0]
     assert found == pytest.approx(wanted, rel=TIGHT)
 
 
@@ -149,14 +147,12 @@ WIDE = (40, 24, 9)
 
 
 def looked_ahead(seed, exact=1):
-    """Scores of all channels and what stays of a layer at some costs, exact up to a width."""
+    """Scores of all channels and what stays of a layer at some costs."""
     W, G = layer(WIDE, seed)
     G *= np.exp(0.5 * np.random.default_rng(seed).standard_normal(WIDE[1]))[:, None]
-    cost, removal = cost_of(WIDE), Removal(W, G, GAMMA)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(collaborative, "_EXACT", exact)
-        kept = [removal.until(cost, s * cost(WIDE[1], None)) for s in (0.8, 0.6, 0.4, 0.2)]
-        scores = Units(W, G).scores(GAMMA)[0]
+    cost, removal = cost_of(WIDE), Removal(W, G, GAMMA, exact)
+    kept = [removal.until(cost, s * cost(WIDE[1], None)) for s in (0.8, 0.6, 0.4, 0.2)]
+    scores = Units(W, G).scores(GAMMA, exact)[0]
     return scores, [(each.rank, set(each.dropped)) for each in kept]
 
 
@@ -191,12 +187,12 @@ def test_the_look_ahead_of_wide_layers_is_nearly_exact():
 def test_the_comparison_of_wide_layers_sees_a_wrong_look_ahead(wrong, monkeypatch):
     inner = Units._inner
 
-    def other(units, table):
-        if collaborative._EXACT > 1:
-            return inner(units, table)
+    def other(units, table, exact):
+        if exact > 1:
+            return inner(units, table, exact)
         if wrong == "nothing left out":
             return np.full(units._X.shape[1], table.sum())
-        return inner(units, table) * (0.5 if wrong == "half" else 0.0)
+        return inner(units, table, exact) * (0.5 if wrong == "half" else 0.0)
 
     monkeypatch.setattr(Units, "_inner", other)
     error, others = off()
