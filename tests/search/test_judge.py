@@ -19,7 +19,7 @@ RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((6, 5)).astype(np.float32)
 X = RNG.standard_normal((200, 6)).astype(np.float32)
 HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'
-NEW_SOURCES = 1.25  # what a promise on drift adds for other sources
+NEW_SOURCES = 1.5  # what a promise on drift adds for other sources
 SCORES = "net (float[N, 6] x) => (float[N, 5] y) { y = MatMul (x, w) }"
 CLASSES = """net (float[N, 6] x) => (int64[N, 1] c) {
     y = MatMul (x, w)
@@ -89,7 +89,7 @@ def test_one_sample_promises_nothing():
     assert found.drift == found.drop == math.inf
 
 
-def test_drift_is_that_of_an_evaluation_and_one_standard_error_and_a_quarter_more():
+def test_drift_is_that_of_an_evaluation_and_one_standard_error_and_half_more():
     """In squares, of which the error is taken; both sums in float64."""
     candidate = network(nudged(0.05))
     drift = evaluate(network(), candidate, Samples({"x": X})).relative_l2
@@ -145,7 +145,7 @@ def test_points_that_were_lost_count_with_their_standard_error():
 
 def test_agreement_grows_with_the_root_and_has_no_score():
     found = look(network(), load_metric("agreement"), error=0.04)
-    assert found.drop == pytest.approx(0.25 * math.sqrt(0.04))
+    assert found.drop == pytest.approx(0.35 * math.sqrt(0.04))
     assert found.score is None
     changed = look(network(nudged(0.3)), load_metric("agreement"))
     same = (X @ WEIGHT).argmax(axis=1) == (X @ nudged(0.3)).argmax(axis=1)
