@@ -71,11 +71,13 @@ def find_effort(
     known = store.get("effort", settings.time_limit)
     hurried = _hurried(facts, samples, deadline, effort) if known is None else Effort(*known)
     store.put("effort", settings.time_limit, [hurried.fitted, hurried.measured])
-    if hurried != effort:
-        notes.append(
-            f"for want of time fitted on {hurried.fitted} of {whole} samples, and losses "
-            f"measured on {hurried.measured}"
-        )
+    less = []
+    if hurried.fitted < effort.fitted:
+        less.append(f"fitted on {hurried.fitted} of {whole} samples")
+    if hurried.measured < effort.measured:
+        less.append(f"losses measured on {hurried.measured} samples")
+    if less:
+        notes.append(f"for want of time {', '.join(less)}")
     return hurried
 
 
