@@ -1,11 +1,13 @@
 """How many samples a search works on, and which of them lead."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from onnxcomp.analysis import Analysis
+from onnxcomp.model import Model
 from onnxcomp.samples import Samples
 from onnxcomp.search import effort as subject
 from onnxcomp.search.deadline import Deadline
@@ -25,6 +27,15 @@ def found(seconds: float | None, *, store: Store | None = None, memory: float = 
     deadline, facts = Deadline(seconds), Analysis(MODEL, samples)
     effort = find_effort(facts, samples, settings, deadline, store or Store(None), notes)
     return effort, notes
+
+
+def with_batch(model: Model, batch: int) -> Model:
+    """The same model at a declared batch."""
+    skeleton = copy.deepcopy(model.skeleton)
+    skeleton.graph.input[0].type.tensor_type.shape.dim[0].dim_value = batch
+    for value in (*skeleton.graph.value_info, *skeleton.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    return Model(skeleton, model.weights)
 
 
 @pytest.fixture
@@ -58,6 +69,15 @@ def test_a_run_that_goes_on_works_on_the_same_samples(slow, tmp_path, monkeypatc
     monkeypatch.setattr(subject, "_seconds", lambda *_: 0.0001)
     assert found(10.0, store=store)[0] == first
     assert found(10.0)[0] != first
+
+
+def test_a_declared_batch_is_so_many_samples(monkeypatch):
+    """One run of it takes as long as a clock says that goes by a second at each look."""
+    model = with_batch(wide(), 8)
+    samples = Samples(inputs(model, 16))
+    ticks = iter(range(100))
+    monkeypatch.setattr(subject.time, "monotonic", lambda: float(next(ticks)))
+    assert subject._seconds(Analysis(model, samples), samples) == 1 / 8
 
 
 def test_time_and_memory_both_hold(slow):
