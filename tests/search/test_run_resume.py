@@ -141,7 +141,7 @@ def test_a_search_that_is_interrupted_late_has_a_plan(monkeypatch):
         return look(self, candidate, error)
 
     monkeypatch.setattr(Judge, "look", looked)
-    ended = run(DRIFT)
+    ended = run(Limits(drift=0.05))  # where the first leaves half of the limit
     assert ended.interrupted
     assert ended.met
     assert len(seen) == 2
