@@ -68,7 +68,7 @@ def main() -> int:
     print("\n\n".join(table.text() for table in outcome.tables))
     for note in outcome.notes:
         print(f"* {note}")
-    print(f"{record.seconds:.0f} s; written to {record.write(out)}")
+    print(f"{record.seconds:.0f} s; written to {record.write(out, options.work)}")
     return 0
 
 

@@ -355,13 +355,16 @@ class Record:
         tables = "\n\n".join(table.markdown() for table in self.outcome.tables)
         return "\n\n".join(part for part in (head, notes, tables) if part) + "\n"
 
-    def write(self, folder: Path) -> Path:
-        """Write NAME.json and NAME.md into a folder and return the first."""
+    def write(self, folder: Path, work: Path) -> Path:
+        """Write NAME.json and NAME.md into a folder and return the first.
+
+        Files that a run made are named as in its folder `work`, not by their whole path.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.benchmark}.json"
-        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
-        path.with_suffix(".md").write_text(self.markdown(), encoding="utf-8")
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
+        for file, content in ((path, text), (path.with_suffix(".md"), self.markdown())):
+            file.write_text(content.replace(f"{work}/", ""), encoding="utf-8")
         return path
 
 

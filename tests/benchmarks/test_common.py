@@ -34,11 +34,13 @@ def record(rows) -> common.Record:
 
 
 def test_record_is_plain_json(tmp_path):
-    path = record([{"case": "a", "value": 1.5, "none": None}]).write(tmp_path)
+    file = str(tmp_path / "work" / "a.onnx")
+    row = {"case": "a", "value": 1.5, "none": None, "file": file}
+    path = record([row]).write(tmp_path, tmp_path / "work")
     found = json.loads(path.read_text())
     assert found.keys() == KEYS
     assert found["schema_version"] == common.SCHEMA_VERSION
-    assert found["rows"] == [{"case": "a", "value": 1.5, "none": None}]
+    assert found["rows"] == [row | {"file": "a.onnx"}]
     assert {"python", "onnxruntime"} <= found["versions"].keys()
     page = path.with_suffix(".md").read_text()
     assert "| a\\|b | 1.5 |" in page
@@ -47,7 +49,7 @@ def test_record_is_plain_json(tmp_path):
 
 def test_record_refuses_numbers_that_json_lacks(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        record([{"value": math.inf}]).write(tmp_path)
+        record([{"value": math.inf}]).write(tmp_path, tmp_path)
 
 
 def test_table_aligns_figures_right():
