@@ -91,12 +91,12 @@ def _rivals(
 ) -> list[dict[str, Any]]:
     """Return networks made in other ways, most of them as fast as those that were searched."""
     fit = tune.fitting_file(model, options)
-    targets = [row["target"] for row in searched] or TARGETS[model]
-    shares = list(TARGETS[model])
+    shares = {target: target for target in TARGETS[model]}
     if searched:
-        shares = [1 / row["ratio"]["value"] for row in _latency(model, searched, new, options)]
+        pairs = zip(searched, _latency(model, searched, new, options), strict=True)
+        shares = {row["target"]: 1 / found["ratio"]["value"] for row, found in pairs}
     asked: dict[tuple[str, float | None], Job] = {}
-    for target, share in zip(targets, shares, strict=True):
+    for target, share in shares.items():
         for way, methods in RIVALS.items():
             arguments: dict[str, Any] = {"model": model, "data": fit, "seed": options.seed}
             arguments |= {"max_latency": min(share, 1.0), "target": options.target}

@@ -362,7 +362,7 @@ class _Training:
                 chosen = order[step * size : (step + 1) * size].tolist()
                 total += len(chosen) / count * self._backward(chosen)
                 if gates:
-                    self._penalty().backward()  # type: ignore[no-untyped-call]  # likewise
+                    self._penalty().backward()  # type: ignore[no-untyped-call]  # torch has no types there
                     _limit(net.alphas)
                     gating.step()
                 nn.utils.clip_grad_norm_(weights, _CLIP)
@@ -387,7 +387,7 @@ class _Training:
         total = 0.0
         for share, loss in self._objective.parts(self._net, self._examples.take(chosen)):
             if loss.requires_grad:  # not where only pools and skips are left
-                (share * loss).backward()  # type: ignore[no-untyped-call]  # untyped in torch
+                (share * loss).backward()  # type: ignore[no-untyped-call]  # torch has no types there
             total += share * loss.item()
         return total
 

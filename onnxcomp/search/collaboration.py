@@ -14,7 +14,6 @@ import numpy.typing as npt
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.cost import Cost
 from onnxcomp.analysis.linear import Linear
-from onnxcomp.evaluate import usable_batch
 from onnxcomp.model import Array, Model
 from onnxcomp.numerics.collaborative import Kept
 from onnxcomp.numerics.factorization import compose
@@ -30,8 +29,8 @@ from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.passes.working import finish, prepare, working_model
 from onnxcomp.report import Action
-from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples
+from onnxcomp.search.effort import feeds
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.refits import like_bias, without_inputs
 from onnxcomp.search.search import Search
@@ -40,7 +39,6 @@ from onnxcomp.search.space import Plan, Side, Space, Widths
 from onnxcomp.search.walk import Walk, Walked
 
 _ROUNDS = 12  # of bisection for the rate whose plan uses the limits up
-_BATCH = 32
 _INDEX_BYTES = 8
 _GATHER_BYTES = 107  # of the node and its index, names of the layer apart
 _GATHER_NAMES = 5  # that derive from the layer's
@@ -376,11 +374,9 @@ def collaborate(
     facts = Analysis(work, samples, seed=seed)
     space = Space(facts, (), pass_.target)
     plan = plan_at(pass_.rate, pass_.layers(facts), space, pass_)
-    inputs = work.signature.inputs
-    size = usable_batch([Session(work)], inputs, samples, _BATCH)
     walk = CollaborativeWalk(
         plan,
-        [batch.feed for batch in samples.batches(inputs, size)],
+        feeds(facts, samples),
         seed=seed,
         threads=facts.threads,
         progress=lambda *_: None,

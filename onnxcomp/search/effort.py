@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.stream import Feeds
@@ -69,8 +69,10 @@ def find_effort(
     if settings.time_limit is None:
         return effort
     known = store.get("effort", settings.time_limit)
-    hurried = _hurried(facts, samples, deadline, effort) if known is None else Effort(*known)
-    store.put("effort", settings.time_limit, [hurried.fitted, hurried.measured])
+    if known is None:
+        known = astuple(_hurried(facts, samples, deadline, effort))
+        store.put("effort", settings.time_limit, known)
+    hurried = Effort(*known)
     less = []
     if hurried.fitted < effort.fitted:
         less.append(f"fitted on {hurried.fitted} of {whole} samples")

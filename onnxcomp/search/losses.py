@@ -305,6 +305,12 @@ class LossMeter:
             errors |= pass_.errors(mine, kernel, metric)
         matrix = kernel.reshape(len(kernel), -1)
         bound = _HOPELESS * float(np.vdot(matrix, metric.times(matrix)))
+        kept = efficient(self._space, linear, {o: e for o, e in errors.items() if e <= bound})
+        passed = self._bypassed(twins, linear) if self._data_aware else {}
+        if not kept and not passed:
+            if options or not missing:
+                self._refuse_forms(linear, "loses half of its output")
+            return
         session = twins.current.tail([linear.weight, linear.bias], self._outputs)
         full = metric.solve(matrix).reshape(kernel.shape)
 
@@ -313,12 +319,8 @@ class LossMeter:
             return self._tail(twins, session, linear, dense, bias)
 
         without = error(full) if self._data_aware else 0.0
-        bypassed = self._bypassed(twins, linear, without) if self._data_aware else {}
-        self._forms |= bypassed
-        kept = efficient(self._space, linear, {o: e for o, e in errors.items() if e <= bound})
+        self._forms |= {option: lost - without for option, lost in passed.items()}
         if not kept:
-            if not bypassed and (options or not missing):
-                self._refuse_forms(linear, "loses half of its output")
             return
 
         def loss(option: Option) -> float:
@@ -328,7 +330,7 @@ class LossMeter:
 
         found = interpolated({o: errors[o] for o in kept}, loss, count=_MEASURED)
         self._forms |= found
-        if not found and not bypassed:
+        if not found and not passed:
             self._refuse_forms(linear, "makes the outputs overflow")
 
     def _refuse_forms(self, linear: Linear, reason: str) -> None:
@@ -338,11 +340,10 @@ class LossMeter:
             f"{known}; every other form {reason}" if known else f"every smaller form {reason}"
         )
 
-    def _bypassed(self, twins: Twins, linear: Linear, without: float) -> dict[Option, float]:
-        """Return what it costs to leave a node out, beyond the error without any option."""
+    def _bypassed(self, twins: Twins, linear: Linear) -> dict[Option, float]:
+        """Return the error of the outputs with a node left out, where that is an option."""
         meter = BypassMeter(self._error, self._outputs, self._measured, self._seed)
-        found = meter.errors(self._space, twins, linear)
-        return {option: lost - without for option, lost in found.items()}
+        return meter.errors(self._space, twins, linear)
 
     def _tail(
         self, twins: Twins, session: Session, linear: Linear, kernel: Array, bias: Array
