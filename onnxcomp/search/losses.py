@@ -319,7 +319,8 @@ class LossMeter:
             return self._tail(twins, session, linear, dense, bias)
 
         without = error(full) if self._data_aware else 0.0
-        self._forms |= {option: lost - without for option, lost in passed.items()}
+        if np.isfinite(without):  # a loss below none is noise
+            self._forms |= {o: max(lost - without, 0.0) for o, lost in passed.items()}
         if not kept:
             return
 

@@ -13,6 +13,7 @@ from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.passes.substitute_operators import SubstituteOperators
 from onnxcomp.search.actions import describe
+from onnxcomp.search.bypass import BypassMeter
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.settings import Settings
 from onnxcomp.search.store import Store
@@ -107,6 +108,14 @@ def test_what_was_lost_elsewhere_is_not_the_loss_of_leaving_out():
         found = lab.meter().run(weights, [option.target]).forms[option]
         assert lost > 1.5 * losses.forms[option]
         assert 0.2 < found / losses.forms[option] < 1.0  # seven tenths reach the outputs
+
+
+def test_leaving_out_never_gains(monkeypatch):
+    """What is found below the error without any option is noise, and counts as nothing."""
+    lab, losses = known("blocks")
+    option, *_ = bypassed(losses)
+    monkeypatch.setattr(BypassMeter, "errors", lambda *_: {option: -1.0})
+    assert lab.meter().run(only=[option.target]).forms[option] == 0.0
 
 
 def test_nothing_is_left_out_in_front_of_what_must_stay():
