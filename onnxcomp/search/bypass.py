@@ -13,6 +13,7 @@ from onnxcomp.errors import DataError
 from onnxcomp.model import Array, Model
 from onnxcomp.passes.base import Option
 from onnxcomp.passes.substitute_operators import BYPASS, next_linear, passed_on
+from onnxcomp.search.effort import apart
 from onnxcomp.search.outputs import OutputError
 from onnxcomp.search.refits import like_bias, solve_dense
 from onnxcomp.search.space import Space
@@ -57,11 +58,12 @@ class BypassMeter:
         model, held = space.facts.model, twins.current.held()
         values = _values(model, linear)
         front = twins.current.tail([*values], [reader.x])
-        feeds = ({**each, **values} for each in held)
+        feeds = ({**each, **values} for each in apart(held, self.measured))
         xs = [front.run({n: f[n] for n in front.input_names})[reader.x] for f in feeds]
         rng = np.random.default_rng([self.seed, list(space.facts.linears).index(reader.id)])
+        targets = apart(twins.original.peek(reader.y), self.measured)
         try:
-            metrics = collect_moments(reader, xs, twins.original.peek(reader.y), rng)
+            metrics = collect_moments(reader, xs, targets, rng)
         except DataError:  # such as a mask of -inf in front of the reader
             return {}
         kernel = reader.kernel(model.weights[reader.weight])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from typing import TypeVar
 
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.stream import Feeds
@@ -25,6 +27,8 @@ _MEASURING_SHARE = 0.3  # of a time limit, for runs of the network that measure 
 _FITTING_SHARE = 0.2  # of it, for runs on all samples that are fitted on
 _PASSES = 20  # of these: four in each of a few candidates
 _LEAST_FITTED = 8
+_PARTS = 3  # of the samples: losses are measured on one, with options solved on the others
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def find_effort(
     """
     whole = samples.count
     held = int(settings.memory / (_STATE_BYTES * max(_live_elements(facts), 1)))
-    effort = Effort(min(max(held, 1), whole), _measured(facts))
+    fitted = min(max(held, 1), whole)
+    effort = Effort(fitted, min(_measured(facts), max(fitted // _PARTS, 1)))
     if effort.fitted < whole:
         notes.append(
             f"fitted on {effort.fitted} of {whole} samples to stay within "
@@ -92,6 +97,15 @@ def fitting_feeds(
     return found, max(min(effort.measured // size, len(found)), 1)
 
 
+def apart(batches: Sequence[_T], measured: int) -> Sequence[_T]:
+    """Return the batches to solve an option on whose loss is measured on the leading ones.
+
+    These are the others, if there are any: on few samples that an option was solved on, the
+    loss of what they happen not to need is far too small.
+    """
+    return batches[measured:] or batches
+
+
 def feeds(facts: Analysis, samples: Samples, most: int = _BATCH) -> list[Feeds]:
     """Return samples as feeds of the largest batch that the model allows, at most 32."""
     inputs = facts.model.signature.inputs
@@ -110,10 +124,9 @@ def _hurried(facts: Analysis, samples: Samples, deadline: Deadline, effort: Effo
     each = _seconds(facts, samples)
     losses = _MEASURING_SHARE * deadline.left / (_RUNS * max(len(facts.linears), 1) * each)
     fitting = _FITTING_SHARE * deadline.left / (_PASSES * each)
-    return Effort(
-        min(effort.fitted, max(int(fitting), _LEAST_FITTED)),
-        min(effort.measured, max(int(losses), 1)),
-    )
+    fitted = min(effort.fitted, max(int(fitting), _LEAST_FITTED))
+    measured = min(effort.measured, int(losses), fitted // _PARTS)
+    return Effort(fitted, max(measured, 1))
 
 
 def _seconds(facts: Analysis, samples: Samples) -> float:

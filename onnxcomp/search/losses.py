@@ -3,9 +3,9 @@
 Every option of a linear node, be it a factorisation or the removal of input channels, is a
 dense weight of the same shape.  One session per node, from the tensors that are live in front
 of it to the outputs, takes that weight as an input: trying an option is one run of the tail.
-Between the measured options of a node the loss is interpolated over the closed-form error of
-its own output, which is cheap and exact.  The currency, the squared change of the raw outputs
-relative to their variance, adds up over nodes where KL divergence and local errors do not.
+Between measured options the loss is interpolated over the error of a node's own output.  The
+currency, the squared change of the raw outputs relative to their variance, adds up over nodes
+where KL divergence and local errors do not.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from onnxcomp.passes.base import Option, Refusal
 from onnxcomp.runtime import Session
 from onnxcomp.search.bypass import BypassMeter
 from onnxcomp.search.deadline import Deadline, Progress, TimeLimitReached
+from onnxcomp.search.effort import apart
 from onnxcomp.search.forms import efficient, fitted
 from onnxcomp.search.outputs import OutputMeter
 from onnxcomp.search.refits import (
@@ -108,7 +109,7 @@ class LossMeter:
     Args:
         space: The options.
         batches: Fitting samples, one feed per batch.
-        measured: Number of leading batches on which losses are measured.
+        measured: Number of leading batches to measure on; options are solved on the others.
         seed: Seed of the sampled positions.
         threads: Threads of every session.
         progress: Called with a label and the share done.
@@ -291,7 +292,8 @@ class LossMeter:
             bias = np.asarray(weights[linear.bias], np.float64).reshape(-1)
             return identity_moments(linear, linear.kernel(weights[linear.weight]), bias)
         rng = np.random.default_rng([self._seed, position])
-        return collect_moments(linear, twins.inputs(linear), twins.targets(linear), rng)
+        xs = apart(twins.inputs(linear), self._measured)
+        return collect_moments(linear, xs, apart(twins.targets(linear), self._measured), rng)
 
     def _measure_forms(self, twins: Twins, linear: Linear, metric: SecondMoments) -> None:
         """Measure some of a node's forms and interpolate the rest."""
@@ -373,6 +375,7 @@ class LossMeter:
             readers += group_readers(linear, kernel, index, per_group)
         order = eliminate(readers, group.size)
         session = self._group_session(twins, list(metrics))
+        held = twins.current.held() if len(metrics) == 1 else self._batches
 
         def error(width: int) -> float:
             self._deadline.check()
@@ -380,8 +383,9 @@ class LossMeter:
             removed = {name: order.order[: group.size - width].astype(np.int64)}
             for node_id, per_group in metrics.items():
                 values |= self._without(self._facts.linears[node_id], removed, per_group)
-            feeds = self._feeds(twins, len(metrics) == 1)
-            return self._error.of_runs(session, ({**feed, **values} for feed in feeds))
+            return self._error.of_runs(
+                session, ({**h, **values} for h in held[: self._measured])
+            )
 
         without = error(group.size) if self._data_aware else 0.0
         points = {w: float(order.losses[group.size - w]) for w in self._space.widths[name]}
@@ -401,9 +405,6 @@ class LossMeter:
         part = extract(self._model, values, self._outputs)
         inner = {n: self._current.get(n, a) for n, a in part.weights.items()}
         return Session(Model(part.skeleton, inner), threads=self._threads)
-
-    def _feeds(self, twins: Twins, lone: bool) -> Sequence[Feeds]:
-        return (twins.current.held() if lone else self._batches)[: self._measured]
 
     def _without(
         self, linear: Linear, removed: Mapping[str, Index], metrics: tuple[SecondMoments, ...]

@@ -25,8 +25,10 @@ _CLOSE = 0.85  # of a limit on drop or drift that must be used up before the sea
 _AIM = 0.93  # share of such a limit that the next candidate aims at
 _STEP = 8.0  # largest factor between the loss bounds of two candidates
 _STEADY = 0.1  # of the logarithm of the loss; less says nothing of how the strain grows
+_LATER_CANDIDATES = 3  # with losses measured again or shaken
 _WEIGHTY = 0.8  # share of the predicted loss in the options that are measured again
 _SPREAD = 0.25  # of the logarithm of losses, where further plans are tried
+_PATIENCE = 12  # of these in a row that were no better, after which the search ends
 _SHARED = (1.0, 0.8, 0.65, 0.5)  # of all parameters, in plans whose weights are then rounded
 
 
@@ -79,6 +81,7 @@ class Pursuit:
         self._notes = notes
         self._rest = 0.0  # seconds of the original that no plan changes, as measured
         self._times: dict[str, float] = {}
+        self._looks: dict[str, Look] = {}
         self.best = Outcome(search.nothing, met=False)
 
     def run(self) -> Outcome:
@@ -107,7 +110,7 @@ class Pursuit:
     def _find(self) -> None:
         """Look among plans alone, unless the original is within the limits."""
         if self._limits.judged:
-            self._bisect()
+            self._hasten()
         elif not self.best.met:
             self._approach()
 
@@ -139,15 +142,21 @@ class Pursuit:
     # Limits on costs and time: the most accurate candidate within them.
 
     def _approach(self) -> None:
-        losses = self._search.losses
-        self._pursue(losses)
-        candidate = self.best.candidate
-        if not self._box or not self.best.met or candidate.plan.empty:
+        self._pursue(self._search.losses)
+        if self.best.met:
+            self._go_on(self._pursue)
+
+    def _go_on(self, pursue: Callable[[Losses], None]) -> None:
+        """Pursue until the deadline by losses measured again, then by shaken ones."""
+        losses, found = self._search.losses, self.best.candidate
+        if not self._box or found.plan.empty:
             return
-        again = self._search.measure_again(candidate, weighty(candidate.plan, losses))
-        self._pursue(again)
-        while not self._search.deadline.passed:
-            self._pursue(_shaken(losses, self._rng))
+        pursue(self._search.measure_again(found, weighty(found.plan, losses)))
+        fruitless = 0
+        while fruitless < _PATIENCE and not self._search.deadline.passed:
+            best = self.best
+            pursue(_shaken(losses, self._rng))
+            fruitless = fruitless + 1 if self.best is best else 0
 
     def _pursue(self, losses: Losses) -> None:
         """Solve by given losses until the written file and the measured time are within."""
@@ -234,43 +243,72 @@ class Pursuit:
 
     # Limits on drop and drift: the fastest candidate within them.
 
-    def _bisect(self) -> None:
+    def _hasten(self) -> None:
+        """Find the fastest candidate that is within the limits on drop and drift."""
+        self._bisect(self._search.losses, self.first_bound)
+        if self.best.candidate.plan.empty:
+            self.best = Outcome(self._search.nothing, self._holds(self._search.nothing))
+            self._notes.append("no plan that was tried is within the limits on drop and drift")
+        if any(looks_memorised(look) for look in self._looks.values()):
+            self._notes.append(
+                "the original is right on nearly all hold-out samples, which looks as if "
+                "it had been trained on them: points lost on new samples were estimated "
+                "from how far the outputs move"
+            )
+        if any(look.drifts_little(self._limits) for look in self._looks.values()):
+            self._notes.append(
+                "the outputs lie far from zero for how much they vary, so that even a constant "
+                "drifts little: the search also kept three quarters of their variance"
+            )
+        self._go_on(self._hasten_by)
+
+    def _hasten_by(self, losses: Losses) -> None:
+        """Look for a faster candidate by other losses, from the loss of the best on.
+
+        Of many candidates that were looked at the best is likely to be lucky on the hold-out,
+        so that a later one must leave more of the limits than the first.
+        """
+        best = self.best.candidate
+        bound = sum(losses.of(best.plan).values())
+        bound *= max(self._stride(self._strain(best)), 1.0)
+        for _ in range(_LATER_CANDIDATES):
+            plan = self._search.fastest(losses, bound, self._limits)
+            if plan is None or plan.seconds >= self.best.candidate.plan.seconds:
+                break
+            candidate = self._search.solve(plan, losses)
+            strain = self._strain(candidate)
+            if strain <= _AIM:
+                self._offer_faster(candidate)
+            bound = plan.loss * self._stride(strain)
+
+    def _bisect(self, losses: Losses, bound: float) -> None:
         """Find the loss bound whose fastest plan uses up the limits on drop and drift."""
-        losses, limits = self._search.losses, self._limits
         low, high = 0.0, np.inf
-        bound = self.first_bound
-        seen: dict[str, Look] = {}
         points: list[tuple[float, float]] = []
         for _ in range(_BISECTIONS):
-            plan = self._search.fastest(losses, bound, limits)
+            plan = self._search.fastest(losses, bound, self._limits)
             if plan is None:  # the limits on costs ask for more than this loss
                 low, bound = bound, self._between(bound, bound * _STEP, high)
                 continue
             candidate = self._search.solve(plan, losses)
-            look = self._look(candidate, seen)
-            strain = max(look.strain(limits), 1e-6)
+            strain = self._strain(candidate)
             if strain <= 1.0:
                 low = bound
-                self._take(candidate, met=self._holds(candidate))
+                self._offer_faster(candidate)
             else:
                 high = bound = plan.loss  # every bound down to it gives the same plan
             if _CLOSE <= strain <= 1.0 or high / max(low, 1e-30) < 1.1:
                 break
             points.append((max(plan.loss, 1e-30), strain))
-            wanted = bound * (_AIM / strain) ** (1.0 / _steepness(points))
-            wanted = float(np.clip(wanted, bound / _STEP, bound * _STEP))
+            wanted = bound * self._stride(strain, _steepness(points))
             bound = self._between(low, wanted, high)
-        if self.best.candidate.plan.empty:
-            self.best = Outcome(self._search.nothing, self._holds(self._search.nothing))
-            self._notes.append("no plan that was tried is within the limits on drop and drift")
-        for look in seen.values():
-            if looks_memorised(look):
-                self._notes.append(
-                    "the original is right on nearly all hold-out samples, which looks as if "
-                    "it had been trained on them: points lost on new samples were estimated "
-                    "from how far the outputs move"
-                )
-                break
+
+    def _offer_faster(self, candidate: Candidate) -> None:
+        """Keep a candidate that is predicted to be faster than the best so far."""
+        best, met = self.best, self._holds(candidate)
+        faster = candidate.plan.seconds < best.candidate.plan.seconds
+        if met > best.met or (met == best.met and faster):
+            self._take(candidate, met=met)
 
     @property
     def first_bound(self) -> float:
@@ -286,14 +324,23 @@ class Pursuit:
             return wanted
         return float(np.sqrt(max(low, 1e-12) * min(high, 1e3)))
 
-    def _look(self, candidate: Candidate, seen: dict[str, Look]) -> Look:
+    @staticmethod
+    def _stride(strain: float, steepness: float = 1.0) -> float:
+        """Return the factor of the loss bound that should bring a strain to where we aim."""
+        return float(np.clip((_AIM / strain) ** (1.0 / steepness), 1 / _STEP, _STEP))
+
+    def _strain(self, candidate: Candidate) -> float:
+        """Return the share of the limits on drop and drift that a candidate uses up."""
+        return max(self._look(candidate).strain(self._limits), 1e-6)
+
+    def _look(self, candidate: Candidate) -> Look:
         digest = candidate.model.digest
-        if digest not in seen:
+        if digest not in self._looks:
             judge = self._judge
-            seen[digest] = self._search.timed(
+            self._looks[digest] = self._search.timed(
                 "judge", lambda: judge.look(candidate.model, candidate.error)
             )
-        return seen[digest]
+        return self._looks[digest]
 
 
 def _steepness(points: Sequence[tuple[float, float]]) -> float:

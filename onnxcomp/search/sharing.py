@@ -30,6 +30,7 @@ from onnxcomp.passes.base import Option
 from onnxcomp.passes.chains import to_plane
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.search.deadline import Deadline, Progress
+from onnxcomp.search.effort import apart
 from onnxcomp.search.outputs import OutputError, OutputMeter
 from onnxcomp.search.refits import like_bias
 from onnxcomp.search.space import Plan, Space
@@ -166,7 +167,7 @@ class Sharing:
 
         losses: list[tuple[str, str, str, list[int], float]] = []
         weights: dict[str, float] = {}
-        for name, sites in self._sites(list(self._space.joint), {}, probe):
+        for name, sites in self._sites(list(self._space.joint), {}, probe, measured):
             if deadline.passed:
                 break
             steep = {s.linear.id: _steepness(curves[s.linear.id]) for s in sites}
@@ -185,9 +186,16 @@ class Sharing:
         return {"losses": losses, "weights": list(weights.items())}
 
     def _sites(
-        self, names: Sequence[str], removed: Removed, visit: Callable[[Twins, _Site], None]
+        self,
+        names: Sequence[str],
+        removed: Removed,
+        visit: Callable[[Twins, _Site], None],
+        measured: int = 0,
     ) -> Iterator[tuple[str, list[_Site]]]:
-        """Walk the original network; yield each group when all of its layers were seen."""
+        """Walk the original network; yield each group when all of its layers were seen.
+
+        Nothing is fitted on the first `measured` batches, if there are others.
+        """
         groups = self._space.joint_groups
         waiting = {name: list(groups[name].members) for name in names}
         wanted = {node for members in waiting.values() for node in members}
@@ -202,7 +210,7 @@ class Sharing:
                 continue
             self._progress(linear.id, position / len(linears))
             twins.advance(linear)
-            site = self._site(twins, linear, position, removed)
+            site = self._site(twins, linear, position, removed, measured)
             if site is None:
                 waiting = {n: m for n, m in waiting.items() if linear.id not in m}
                 continue
@@ -214,7 +222,7 @@ class Sharing:
             seen = {node: site for node, site in seen.items() if node in needed}
 
     def _site(
-        self, twins: Twins, linear: Linear, position: int, removed: Removed
+        self, twins: Twins, linear: Linear, position: int, removed: Removed, measured: int
     ) -> _Site | None:
         """Return a layer as its plan leaves it; None where nothing can be fitted there."""
         inputs = self._space.input_side(linear).kept(removed)
@@ -223,7 +231,8 @@ class Sharing:
         if not self._data_aware:
             return _Site(linear, kernel, None)
         rng = np.random.default_rng([self._seed, position])
-        xs, ys = twins.inputs(linear), twins.targets(linear)
+        both = (twins.inputs(linear), twins.targets(linear))
+        xs, ys = (apart(batches, measured) for batches in both)
         try:
             (metric,) = collect_moments(linear, xs, ys, rng, inputs=inputs, outputs=outputs)
         except DataError as error:  # such as a mask of -inf in front of the node

@@ -1,6 +1,7 @@
 """What a judge says of held-out samples, against closed forms and other ways to count."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -180,6 +181,18 @@ def test_strain_is_the_share_of_the_tightest_limit_in_squares():
     assert not found.within(Limits(drop=0.0099))
     assert not found.within(Limits(drift=0.099))
     assert Look(0.0, drift=0.1, drop=-0.01, score=None).within(Limits(drop=0.001))
+
+
+def test_a_drift_from_large_outputs_does_not_allow_a_constant():
+    """Scores around 3 that vary by 0.1 drift little if all are replaced by their mean."""
+    constant = Look(error=1.0, drift=0.03, drop=None, score=None)
+    assert not constant.within(Limits(drift=0.1))
+    assert replace(constant, error=0.2).within(Limits(drift=0.1))
+    assert constant.strain(Limits(drift=0.1)) == pytest.approx(4.0)
+    assert constant.drifts_little(Limits(drift=0.1))
+    assert not constant.drifts_little(Limits(drift=0.02))
+    assert not replace(constant, error=0.2).drifts_little(Limits(drift=0.1))
+    assert not constant.drifts_little(Limits(drop=0.01))
 
 
 def test_a_score_of_nearly_one_looks_memorised():

@@ -16,8 +16,9 @@ from onnxcomp.search import losses as module
 from onnxcomp.search.outputs import OutputError
 from onnxcomp.search.refits import like_bias, solve_dense
 from tests.analysis.channel_graphs import Graph
+from tests.graphs import sane_feeds
 from tests.passes.exact_checks import graph
-from tests.search.cases import CASES, twins, two_heads
+from tests.search.cases import CASES, fully_connected, twins, two_heads
 from tests.search.lab import SEED, Lab, known
 
 TOLERANCE = 1e-4  # relative, of a loss
@@ -69,6 +70,18 @@ def narrowed(lab: Lab, losses, name: str, width: int) -> Model:
     option = Option("remove_channels", name, "", (width,))
     RemoveChannels().apply(draft, facts, {option: {"removed": removed[name]}})
     return draft.seal(by="test")
+
+
+def test_losses_are_those_on_samples_that_nothing_was_solved_on():
+    """Twelve samples: solved and measured on them all, channels seem to cost nothing."""
+    lab = Lab.of(fully_connected(), count=12, size=4)
+    fresh = Lab(lab.space, [sane_feeds(lab.model, 48, seed=1).arrays])
+    honest, flattered = lab.meter(measured=1).run(), lab.meter(measured=3).run()
+    name, width = "conv0_0", 8  # half of its channels
+    small = narrowed(lab, honest, name, width)
+    found = loss_of(fresh, small)
+    assert found / 4 < honest.widths[name][width] < 4 * found
+    assert flattered.widths[name][width] < found / 100
 
 
 BRUTE = ("residual", "concat_of_three", "depthwise", "transposed", "fully_connected",

@@ -214,7 +214,7 @@ def test_bisection_uses_up_a_limit_whatever_the_outputs_do(power, scale):
         return Candidate(plan, model, {}, plan.loss)
 
     def look(model: SimpleNamespace, error: float) -> Look:
-        found = Look(error, 0.1 * math.sqrt(scale * (error / 0.01) ** power), None, None)
+        found = Look(0.0, 0.1 * math.sqrt(scale * (error / 0.01) ** power), None, None)
         strains.append(found.strain(limits))
         return found
 

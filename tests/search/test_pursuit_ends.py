@@ -1,15 +1,26 @@
 """The ends and the parts of a pursuit: time limits, weighty options, shaken losses."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from onnxcomp.search.deadline import Deadline, TimeLimitReached
+from onnxcomp.search.judge import Look
 from onnxcomp.search.losses import Losses
-from onnxcomp.search.pursuit import Pursuit, _shaken, _steepness, weighty
+from onnxcomp.search.pursuit import (
+    _PATIENCE,
+    Outcome,
+    Pursuit,
+    _shaken,
+    _steepness,
+    weighty,
+)
 from onnxcomp.search.search import Candidate, Search
 from onnxcomp.search.settings import Limits
+from onnxcomp.search.space import Plan
 from tests.search.searching import (
     QUICK,
     Clock,
@@ -78,6 +89,7 @@ def test_until_the_time_limit_further_plans_are_tried(monkeypatch):
         return again(self, candidate, names)
 
     monkeypatch.setattr(Search, "measure_again", measured)
+    monkeypatch.setattr("onnxcomp.search.pursuit._PATIENCE", 1000)
     plain = maps().pursue(Limits(macs=0.5))
     assert not calls
     boxed = searching.pursue(Limits(macs=0.5), box=True)
@@ -88,6 +100,110 @@ def test_until_the_time_limit_further_plans_are_tried(monkeypatch):
     assert boxed.outcome.met
     assert boxed.error <= plain.error
     assert ends_with_the_best(boxed)
+
+
+class Table:
+    """Losses of the plans of `Shelf`, by their names."""
+
+    def __init__(self, **losses: float) -> None:
+        self.losses = losses
+
+    def of(self, plan: Plan) -> dict[str, float]:
+        return {name: self.losses[name] for name in plan.widths}
+
+
+class Shelf:
+    """A search among a few plans: name, predicted seconds, squared drift on the hold-out."""
+
+    shares = False
+
+    def __init__(self, plans: dict[str, tuple[float, float]], *tables: Table) -> None:
+        self.plans, (self.losses, self.again) = plans, tables
+        self.nothing = replace(maps().search.nothing)
+        self.deadline = Deadline(1e6)
+        self.solved: list[str] = []
+
+    def fastest(self, losses: Table, bound: float, limits: Limits) -> Plan:
+        plan = self.nothing.plan
+        for name, (seconds, _) in self.plans.items():
+            if losses.losses[name] <= bound and seconds < plan.seconds:
+                plan = replace(
+                    self.nothing.plan,
+                    widths={name: 1},
+                    loss=losses.losses[name],
+                    seconds=seconds,
+                )
+        return plan
+
+    def solve(self, plan: Plan, losses: Table) -> Candidate:
+        if plan.empty:
+            return self.nothing
+        (name,) = plan.widths
+        self.solved.append(name)
+        return Candidate(plan, SimpleNamespace(digest=name), {}, 0.0)
+
+    def look(self, model: SimpleNamespace, error: float) -> Look:
+        squared = self.plans[model.digest][1] if model.digest in self.plans else 0.0
+        return Look(error, 0.1 * math.sqrt(squared), None, None)
+
+    def measure_again(self, candidate: Candidate, names: list[str]) -> Table:
+        assert candidate.model.digest in names
+        return self.again
+
+    def pursue(self, box: bool) -> Outcome:
+        self.timed = lambda _, work: work()
+        self.within = lambda *_: True
+        self.refusals = lambda _: ()
+        return Pursuit(
+            self, Limits(drift=0.1), None, judge=self, clock=lambda _: 1.0,
+            keep=lambda _: None, box=box, seed=0, notes=[],
+        ).run()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("squared", "best"), [(0.5, "fast"), (0.9, "fast"), (0.95, "slow"), (1.5, "slow")]
+)
+def test_what_the_table_overrated_is_found_by_losses_measured_again(
+    monkeypatch, squared, best
+):
+    """If it leaves more of the limit than the first had to: 0.93 of it may be used."""
+    monkeypatch.setattr("onnxcomp.search.pursuit._shaken", lambda losses, rng: losses)
+    whole = maps().search.nothing.plan.seconds
+    plans = {"slow": (0.8 * whole, 0.99), "fast": (0.3 * whole, squared)}
+    shelf = Shelf(plans, Table(slow=0.004, fast=9.0), Table(slow=0.004, fast=0.003))
+    assert shelf.pursue(box=False).candidate.model.digest == "slow"
+    assert shelf.pursue(box=True).candidate.model.digest == best
+
+
+def test_a_search_ends_after_many_plans_that_are_no_better(monkeypatch):
+    """Though its time limit is far; every plan that is better gives it as many tries again."""
+    draws = []
+
+    def shaken(losses: Table, rng: np.random.Generator) -> Table:
+        draws.append(losses)
+        return shelf.again if len(draws) == 5 else losses
+
+    monkeypatch.setattr("onnxcomp.search.pursuit._shaken", shaken)
+    whole = maps().search.nothing.plan.seconds
+    plans = {"slow": (0.8 * whole, 0.9), "fast": (0.3 * whole, 0.5)}
+    shelf = Shelf(plans, Table(slow=0.004, fast=9.0), Table(slow=0.004, fast=0.003))
+    shelf.measure_again = lambda *_: shelf.losses
+    assert shelf.pursue(box=True).candidate.model.digest == "fast"
+    assert len(draws) == 5 + _PATIENCE
+
+
+def test_under_a_time_limit_drift_is_held_with_more_to_spare(monkeypatch):
+    monkeypatch.setattr("onnxcomp.search.pursuit._SPREAD", 1.0)
+    searching = maps()
+    plain = searching.pursue(Limits(drift=0.1))
+    boxed = searching.pursue(Limits(drift=0.1), box=True)
+    assert boxed.outcome.met
+    assert ends_with_the_best(boxed)
+    found, first = boxed.outcome.candidate, plain.outcome.candidate
+    assert found.plan.seconds <= first.plan.seconds
+    if found.plan.seconds < first.plan.seconds:
+        look = searching.judge().look(found.model, found.error)
+        assert look.drift <= math.sqrt(0.93) * 0.1
 
 
 # Parts
