@@ -51,8 +51,8 @@ class Pursuit:
         clock: Returns the time of a model as a share of the original's.
         keep: Called with every model that is better than all before it.
         box: Whether to go on until the deadline: weighty options are measured again in place
-            and solved again, then further plans are tried.  Without it the first plan within
-            the limits is kept: on the networks measured so far the others seldom pay.
+            and solved again, then further plans are tried, until a dozen in a row are no
+            better.  Without it the first plan that uses up the limits is kept.
         seed: Seed of the further plans.
         notes: Receives what the reader of the report must know.
     """
@@ -257,8 +257,8 @@ class Pursuit:
             )
         if any(look.drifts_little(self._limits) for look in self._looks.values()):
             self._notes.append(
-                "the outputs lie far from zero for how much they vary, so that even a constant "
-                "drifts little: the search also kept three quarters of their variance"
+                "the outputs lie so far from zero that even a constant drifts little: the "
+                "search kept three quarters of their variance, too"
             )
         self._go_on(self._hasten_by)
 

@@ -145,9 +145,9 @@ class Settings:
         threads: Threads of every session and of NumPy, also when latency is measured.
         memory: Bytes that activations of the fitting samples may take.
         solver_seconds: Time limit of the knapsack.
-        time_limit: Seconds after which the best so far is returned.  Limits on costs and time
-            have further plans tried until then; limits on drop or drift end the search when
-            it has done what it does by itself, and so does None.
+        time_limit: Seconds after which the best so far is returned.  Further plans are tried
+            until then, or until a dozen in a row were no better; None keeps the first plan
+            that uses up the limits.
         tune: Let the result learn from the original, in half of the time limit or five
             minutes; needs samples and torch.
         device: Where it learns: "cpu" or "cuda".
