@@ -126,8 +126,9 @@ class Search:
         self._losses: Losses | None = None
 
     def refusals(self, plan: Plan) -> tuple[Refusal, ...]:
-        """Return why nodes and groups have no option that a plan could take."""
-        return (*self.space.refusals, *(self._losses.refusals if self._losses else ()))
+        """Return why passes had no option for nodes and groups that the plan leaves alone."""
+        found = (*self.space.refusals, *(self._losses.refusals if self._losses else ()))
+        return tuple(r for r in found if r.where not in {*plan.forms, *plan.widths})
 
     @property
     def losses(self) -> Losses:

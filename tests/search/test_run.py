@@ -350,6 +350,14 @@ def test_quantised_models_are_left_alone():
     assert result.model.file_bytes <= model.file_bytes
 
 
+def test_no_pass_complains_of_a_node_that_another_has_changed():
+    result = run(CASES["fully_connected"](), replace(QUICK, grid="2"), macs=0.5)
+    changed = {*result.plan.forms, *result.plan.widths}
+    assert any("is no convolution" in r.reason for r in result.search.space.refusals)
+    assert changed & {refusal.where for refusal in result.search.space.refusals}
+    assert not changed & {refusal.where for refusal in result.report.refusals}
+
+
 def test_a_real_model():
     path = SHARED / "models" / "mlperftiny_cifar10_resnet8.onnx"
     if not path.exists():
