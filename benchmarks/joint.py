@@ -31,6 +31,7 @@ from benchmarks.common import (
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.stream import Feeds
 from onnxcomp.analysis.target import TARGETS
+from onnxcomp.deadline import Deadline
 from onnxcomp.numerics.joint_svd import JOINT_FORMS
 from onnxcomp.numerics.svd import FORMS, tucker_ranks
 from onnxcomp.passes.base import Option
@@ -38,7 +39,6 @@ from onnxcomp.passes.chains import kernel_shape4
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.passes.working import finish, prepare, working_model
-from onnxcomp.search.deadline import Deadline
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.sharing import JointLosses, Sharing
 from onnxcomp.search.space import Plan, Space

@@ -13,7 +13,7 @@ References:
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from onnxcomp.analysis.target import (
     work_terms,
 )
 from onnxcomp.calibration_chains import CHAINS
+from onnxcomp.deadline import Progress
 from onnxcomp.errors import ParameterError
 from onnxcomp.json_fields import Fields, read_json
 from onnxcomp.kit import Result, Timed, assemble, parse_result
@@ -67,7 +68,7 @@ def calibrate(
     seconds: float = SECONDS,
     threads: int = 1,
     chains: Sequence[str] = CHAINS,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Target:
     """Measure the micro-chains on this machine and fit a target to them.
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from threadpoolctl import threadpool_limits
 
 from onnxcomp.analysis import Analysis
+from onnxcomp.deadline import Deadline, Progress, TimeLimitReached
 from onnxcomp.errors import ParameterError, ValidationError
 from onnxcomp.model import Model
 from onnxcomp.samples import Samples
-from onnxcomp.search.deadline import Deadline, Progress, TimeLimitReached
 from onnxcomp.search.store import Store, identity_of
 from onnxcomp.teaching import (
     AUGMENTATIONS,

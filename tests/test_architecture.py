@@ -33,6 +33,7 @@ LAYERS = [
         "model",
         "outline",
         "draft",
+        "deadline",
         "loading",
     },
     {"runtime", "sandbox", "sandbox_child", "drift", "metrics"},

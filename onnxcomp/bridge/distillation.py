@@ -19,6 +19,7 @@ from onnxcomp.bridge.objective import Examples, Objective
 from onnxcomp.bridge.processes import ALONE, Processes
 from onnxcomp.bridge.structure import Structure
 from onnxcomp.bridge.training import Epoch, Training
+from onnxcomp.deadline import Progress
 from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.model import Array
 from onnxcomp.samples import Samples
@@ -129,7 +130,7 @@ class Distillation:
         self,
         *,
         late: Callable[[], bool],
-        progress: Callable[[str, float], None],
+        progress: Progress,
         save: Callable[[State], None] | None,
         save_every_s: float = 60.0,
         left: Callable[[], float] | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from onnxcomp.bridge.module import GraphModule, to_torch
 from onnxcomp.bridge.objective import check_labels, label_loss, samples_first
 from onnxcomp.bridge.plan import as_tensor
 from onnxcomp.bridge.training import torch_threads
+from onnxcomp.deadline import Progress
 from onnxcomp.evaluate import usable_batch
 from onnxcomp.model import Array, Model
 from onnxcomp.runtime import Session, capture_tensors
@@ -33,7 +34,7 @@ def mean_gradients(
     squared: bool = False,
     seed: int = 0,
     threads: int = 1,
-    progress: Callable[[str, float], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> dict[str, Array]:
     """Return the mean gradient of a loss at the weights, BatchNormalization frozen.
 

@@ -29,6 +29,7 @@ from onnxcomp.bridge.equality import check_equal, tolerance_of
 from onnxcomp.bridge.module import GraphModule
 from onnxcomp.bridge.objective import Examples, Objective
 from onnxcomp.bridge.plan import make_plan
+from onnxcomp.deadline import Progress
 from onnxcomp.errors import ParameterError
 from onnxcomp.evaluate import predict
 from onnxcomp.model import Model, extract
@@ -38,7 +39,6 @@ from onnxcomp.samples import Samples
 
 Cost = Literal["params", "macs", "seconds"]
 Gate = Literal["identity", "softmax"]
-Progress = Callable[[str, float], None]
 
 _EXPLORED = 0.25  # share of the convolutions that try a random operator in a step of warm-up
 _CLIP = 1.0  # largest norm of the weights' gradient

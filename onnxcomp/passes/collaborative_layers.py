@@ -13,6 +13,7 @@ import numpy.typing as npt
 from onnxcomp.analysis.channels import ChannelGroup, Reader
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.target import Convolution, Target
+from onnxcomp.deadline import Progress
 from onnxcomp.model import Array
 from onnxcomp.numerics.collaborative import (
     MOST,
@@ -82,7 +83,7 @@ class Layers:
         facts: Analysis,
         gradients: Mapping[str, Array],
         excluded: Collection[str] = (),
-        progress: Callable[[str, float], None] = lambda *_: None,
+        progress: Progress = lambda *_: None,
     ) -> None:
         self._settings = settings
         self._progress = progress

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -30,6 +30,7 @@ import numpy as np
 
 from onnxcomp.analysis.linear import kernel_of, stored_as
 from onnxcomp.analysis.target import TARGETS, Target
+from onnxcomp.deadline import Progress
 from onnxcomp.errors import DataError, LimitError, ParameterError, UnsupportedModelError
 from onnxcomp.numerics.collaborative import EXACT_UP_TO, Kept
 from onnxcomp.numerics.svd import FORMS
@@ -102,7 +103,7 @@ class CompressCollaboratively:
         self,
         facts: Analysis,
         excluded: frozenset[str] = frozenset(),
-        progress: Callable[[str, float], None] = lambda *_: None,
+        progress: Progress = lambda *_: None,
     ) -> Layers:
         """Return the layers with gradients on the samples of `facts`, through the bridge.
 

@@ -7,9 +7,9 @@ from functools import cached_property
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.target import ARCHITECTURES, Target
 from onnxcomp.bench import Benchmark, describe_machine, paired_latency
+from onnxcomp.deadline import Deadline
 from onnxcomp.model import Model
 from onnxcomp.samples import Samples
-from onnxcomp.search.deadline import Deadline
 
 _SECONDS = 8.0  # of a measurement that a limit on the time asks for
 _LEAST_SECONDS = 0.5  # however little time is left

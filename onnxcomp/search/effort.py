@@ -10,10 +10,10 @@ from typing import TypeVar
 
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.stream import Feeds
+from onnxcomp.deadline import Deadline
 from onnxcomp.evaluate import usable_batch
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples
-from onnxcomp.search.deadline import Deadline
 from onnxcomp.search.settings import Settings
 from onnxcomp.search.store import Store
 

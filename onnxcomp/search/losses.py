@@ -22,6 +22,7 @@ from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.moments import SecondMoments, collect_moments, identity_moments
 from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.analysis.stream import Feeds
+from onnxcomp.deadline import Deadline, Progress, TimeLimitReached
 from onnxcomp.errors import DataError
 from onnxcomp.model import Array, Model, Value, extract
 from onnxcomp.numerics.interpolation import interpolated
@@ -30,7 +31,6 @@ from onnxcomp.passes import NODE_PASSES
 from onnxcomp.passes.base import Option, Refusal
 from onnxcomp.runtime import Session
 from onnxcomp.search.bypass import BypassMeter
-from onnxcomp.search.deadline import Deadline, Progress, TimeLimitReached
 from onnxcomp.search.effort import apart
 from onnxcomp.search.forms import efficient, fitted
 from onnxcomp.search.outputs import OutputMeter

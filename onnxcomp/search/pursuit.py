@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from onnxcomp.deadline import TimeLimitReached
 from onnxcomp.model import Model
 from onnxcomp.passes.base import Option
-from onnxcomp.search.deadline import TimeLimitReached
 from onnxcomp.search.judge import NEW_SOURCES, Judge, Look, looks_memorised
 from onnxcomp.search.losses import LATE, Losses
 from onnxcomp.search.search import Candidate, Search, smaller

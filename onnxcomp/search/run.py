@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.target import find_target
 from onnxcomp.bench import Benchmark, is_slower
+from onnxcomp.deadline import Deadline, Progress
 from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.evaluate import predict
 from onnxcomp.metrics import Metric, load_metric
@@ -24,7 +25,6 @@ from onnxcomp.passes.working import finish, prepare
 from onnxcomp.report import Action, Figures, Report
 from onnxcomp.samples import Samples
 from onnxcomp.search.clock import Clock
-from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.judge import Judge
 from onnxcomp.search.pursuit import Outcome, Pursuit
 from onnxcomp.search.search import Point, Search

@@ -12,6 +12,7 @@ import numpy as np
 
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.stream import Feeds
+from onnxcomp.deadline import Deadline, Progress
 from onnxcomp.errors import LimitError
 from onnxcomp.model import Array, Model
 from onnxcomp.passes.base import Refusal
@@ -20,7 +21,6 @@ from onnxcomp.report import Action
 from onnxcomp.search.actions import describe
 from onnxcomp.search.adaptation import Adapted
 from onnxcomp.search.allocation import Allocator
-from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.losses import Losses, LossMeter
 from onnxcomp.search.outputs import OutputError, OutputMeter, raw_runs
 from onnxcomp.search.settings import Limits, Settings

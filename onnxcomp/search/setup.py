@@ -17,6 +17,7 @@ from onnxcomp.analysis.outputs import class_scores
 from onnxcomp.analysis.probe import random_inputs
 from onnxcomp.analysis.target import find_target
 from onnxcomp.augmentation import augmented
+from onnxcomp.deadline import Deadline, Progress
 from onnxcomp.errors import DataError, UnsupportedModelError
 from onnxcomp.model import Array, Model
 from onnxcomp.numerics.clusters import clusters
@@ -32,7 +33,6 @@ from onnxcomp.runtime import capture_tensors
 from onnxcomp.samples import Samples, as_samples
 from onnxcomp.search.adaptation import Adapted, adapted, batchnorm_statistics
 from onnxcomp.search.collaboration import CollaborativeSearch
-from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.effort import feeds, find_effort, fitting_feeds
 from onnxcomp.search.search import Search
 from onnxcomp.search.settings import Limits, Settings

@@ -20,6 +20,7 @@ from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.moments import collect_moments
 from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.analysis.stream import Feeds
+from onnxcomp.deadline import Deadline, Progress
 from onnxcomp.errors import DataError
 from onnxcomp.model import Array
 from onnxcomp.numerics.interpolation import Curve
@@ -29,7 +30,6 @@ from onnxcomp.numerics.svd import output_basis, output_basis_errors
 from onnxcomp.passes.base import Option
 from onnxcomp.passes.chains import to_plane
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
-from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.effort import apart
 from onnxcomp.search.outputs import OutputError, OutputMeter
 from onnxcomp.search.refits import like_bias

@@ -25,6 +25,7 @@ from onnxcomp.analysis.outputs import raw_outputs
 from onnxcomp.analysis.stream import Feeds
 from onnxcomp.codec import packed_bytes
 from onnxcomp.codec.symbols import distinct
+from onnxcomp.deadline import Progress, TimeLimitReached
 from onnxcomp.errors import DataError
 from onnxcomp.model import Array, Model
 from onnxcomp.numerics.interpolation import Curve
@@ -35,7 +36,6 @@ from onnxcomp.passes.share_weights import ShareWeights
 from onnxcomp.passes.working import finish, prepare, working_model
 from onnxcomp.report import Action
 from onnxcomp.samples import Samples
-from onnxcomp.search.deadline import Progress, TimeLimitReached
 from onnxcomp.search.outputs import OutputMeter
 from onnxcomp.search.refits import like_bias
 from onnxcomp.search.twins import Twins

@@ -8,11 +8,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from onnxcomp.deadline import Deadline, Progress
 from onnxcomp.errors import DataError, ParameterError, UnsupportedModelError
 from onnxcomp.model import Model
 from onnxcomp.passes.working import finish, prepare
 from onnxcomp.samples import Samples
-from onnxcomp.search.deadline import Deadline, Progress
 from onnxcomp.search.judge import Judge
 from onnxcomp.search.pursuit import Outcome
 from onnxcomp.search.settings import Limits, Settings

@@ -26,6 +26,7 @@ from onnxcomp.analysis.moments import (
     identity_moments,
 )
 from onnxcomp.analysis.stream import Feeds
+from onnxcomp.deadline import Progress
 from onnxcomp.errors import DataError
 from onnxcomp.model import Array, Model
 from onnxcomp.numerics.joint_svd import Joint, refit
@@ -36,7 +37,6 @@ from onnxcomp.passes.factorize_jointly import FactorizeJointly, arrays_of
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.passes.substitute_operators import BYPASS
 from onnxcomp.search.adaptation import Adapted
-from onnxcomp.search.deadline import Progress
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.refits import like_bias, without_inputs
 from onnxcomp.search.sharing import Sharing

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from onnxcomp.analysis.moments import collect_moments
+from onnxcomp.deadline import Deadline
 from onnxcomp.loading import load
 from onnxcomp.model import Array
 from onnxcomp.numerics.joint_svd import JOINT_FORMS
@@ -16,7 +17,6 @@ from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.samples import Samples
-from onnxcomp.search.deadline import Deadline
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.refits import like_bias
 from onnxcomp.search.sharing import JointLosses, Sharing

@@ -7,9 +7,9 @@ from functools import cache
 import numpy as np
 
 from onnxcomp.analysis import Analysis
+from onnxcomp.deadline import Deadline
 from onnxcomp.model import Array, Model
 from onnxcomp.passes.working import finish, prepare
-from onnxcomp.search.deadline import Deadline
 from onnxcomp.search.judge import Judge
 from onnxcomp.search.pursuit import Outcome, Pursuit
 from onnxcomp.search.search import Search

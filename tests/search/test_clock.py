@@ -7,11 +7,11 @@ import pytest
 import onnxcomp
 from onnxcomp.analysis.target import TARGETS, Calibration
 from onnxcomp.bench import describe_machine
+from onnxcomp.deadline import Deadline
 from onnxcomp.report.text import unmet_limits
 from onnxcomp.samples import Samples
 from onnxcomp.search import clock as clocks
 from onnxcomp.search.clock import Clock
-from onnxcomp.search.deadline import Deadline
 from onnxcomp.search.settings import Limits, Settings
 from tests.search.cases import CASES
 from tests.search.searching import inputs

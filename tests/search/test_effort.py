@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from onnxcomp.analysis import Analysis
+from onnxcomp.deadline import Deadline
 from onnxcomp.model import Model
 from onnxcomp.samples import Samples
 from onnxcomp.search import effort as subject
-from onnxcomp.search.deadline import Deadline
 from onnxcomp.search.effort import Effort, find_effort, fitting_feeds
 from onnxcomp.search.setup import assign_samples
 from onnxcomp.search.store import Store

@@ -7,10 +7,10 @@ import onnx
 import pytest
 
 from onnxcomp.analysis.moments import collect_moments
+from onnxcomp.deadline import Deadline
 from onnxcomp.model import Model
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.search import losses as module
-from onnxcomp.search.deadline import Deadline
 from onnxcomp.search.losses import Losses, LossMeter
 from onnxcomp.search.refits import like_bias, solve_dense
 from onnxcomp.search.space import Plan

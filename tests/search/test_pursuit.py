@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from onnxcomp.deadline import Deadline
 from onnxcomp.evaluate import predict
 from onnxcomp.metrics import load_metric
 from onnxcomp.model import Model
 from onnxcomp.samples import Samples
-from onnxcomp.search.deadline import Deadline
 from onnxcomp.search.judge import Look
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.pursuit import Pursuit

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from onnxcomp.search.deadline import Deadline, TimeLimitReached
+from onnxcomp.deadline import Deadline, TimeLimitReached
 from onnxcomp.search.judge import Look
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.pursuit import (

@@ -7,13 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from onnxcomp.deadline import Deadline
 from onnxcomp.errors import DataError
 from onnxcomp.numerics.joint_svd import JOINT_FORMS, Member, errors
 from onnxcomp.passes.base import Option
 from onnxcomp.passes.chains import kernel_shape4
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.search import sharing as module
-from onnxcomp.search.deadline import Deadline
 from onnxcomp.search.sharing import JointLosses, Sharing
 from onnxcomp.search.store import Store
 from tests.search.joint_lab import (

@@ -7,11 +7,11 @@ import pytest
 
 from onnxcomp import codec, load
 from onnxcomp.analysis import Analysis
+from onnxcomp.deadline import TimeLimitReached
 from onnxcomp.errors import ParameterError
 from onnxcomp.model import Model
 from onnxcomp.numerics.rounding import Rounded
 from onnxcomp.search import storage
-from onnxcomp.search.deadline import TimeLimitReached
 from onnxcomp.search.outputs import OutputError, raw_runs
 from onnxcomp.search.run import Result, compress
 from onnxcomp.search.settings import Limits, Settings

@@ -1,4 +1,4 @@
-"""When a run must end."""
+"""When a run must end, and how far it is."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from onnxcomp.deadline import Deadline, TimeLimitReached
 from onnxcomp.errors import OnnxcompError, ParameterError
-from onnxcomp.search.deadline import Deadline, TimeLimitReached
 
 
 class Clock:
