@@ -274,7 +274,8 @@ def make_search(
         model = adaptation.model
         facts = Analysis(model, roles.fit, seed=settings.seed, threads=settings.threads)
     space = _space(facts, settings, adapted=adaptation is not None)
-    fixed = [space.target, *(getattr(settings, name) for name in _DECISIVE)]
+    drifts = settings.limits.drift is not None  # which splits the samples in another way
+    fixed = [space.target, drifts, *(getattr(settings, name) for name in _DECISIVE)]
     store = store.scoped(identity_of(original, roles.given, fixed, roles.inverted))
     effort = find_effort(facts, roles.fit, settings, deadline, store, notes)
     batches, measured = fitting_feeds(facts, roles.fit, effort)

@@ -74,6 +74,11 @@ def test_what_was_found_is_not_done_again(limits, tmp_path, monkeypatch):
     assert same(found, run(other))
 
 
+def test_a_limit_on_drift_is_another_run_as_it_holds_other_samples_out(tmp_path):
+    run(COSTS, resume=tmp_path / "state")
+    assert same(run(DRIFT, resume=tmp_path / "state"), undisturbed(DRIFT))
+
+
 def test_other_samples_are_another_run(tmp_path, monkeypatch):
     model = wide()
     run(resume=tmp_path / "state")
