@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onnxcomp.analysis import Analysis
     from onnxcomp.bench import Benchmark
     from onnxcomp.passes.base import Refusal
+    from onnxcomp.search.search import Point
     from onnxcomp.search.settings import Settings
     from onnxcomp.validation import Ladder
 
@@ -83,6 +84,7 @@ class Report:
         settings: The resolved settings.
         predicted: The result's share of the original's time on a target that is another
             machine; None where the target is this one.
+        front: What other limits would have given, most MACs first.
     """
 
     original: Figures
@@ -97,6 +99,7 @@ class Report:
     met: bool
     settings: Settings
     predicted: float | None = None
+    front: tuple[Point, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain JSON values; infinite numbers become None."""

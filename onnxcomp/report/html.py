@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from onnxcomp.passes.base import Refusal
     from onnxcomp.report import Report
     from onnxcomp.report.inspection import Inspection, LayerChange, Port
+    from onnxcomp.search.search import Point
     from onnxcomp.validation import Ladder
 
 _STYLE = """
@@ -72,6 +73,7 @@ def render(report: Report, layers: Sequence[LayerChange] = ()) -> str:
         _section("What it cost", _judgement(report.ladder)),
         _section("What was done", _actions(report)),
         _section("What was left alone, and why", _refusals(report.refusals)),
+        _section("What other limits would have given", _front(report.front)),
         _section("Validation", _ladder(report.ladder)),
         _section("Seconds by phase", _seconds(report)),
     ]
@@ -215,6 +217,23 @@ def _actions(report: Report) -> str:
         + _folded(f"{len(rows)} actions", _table(header, rows))
         + losses_figure(report.actions)
     )
+
+
+def _front(points: Sequence[Point]) -> str:
+    """Return what a front says; changes are told as roots, as drift is."""
+    rows = [
+        [
+            *map(percent, (point.macs, point.params, point.file_bytes, point.seconds)),
+            percent(max(point.loss, 0.0) ** 0.5),
+            "" if point.error is None else percent(point.error**0.5),
+        ]
+        for point in points
+    ]
+    costs = ["MACs>", "parameters>", "file size>", "predicted time>"]
+    line = (
+        "<p>Change of the raw outputs relative to how much they vary (standard deviation).</p>"
+    )
+    return line + _table([*costs, "predicted change>", "found>"], rows) if rows else ""
 
 
 def _refusals(refusals: Sequence[Refusal]) -> str:

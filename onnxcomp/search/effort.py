@@ -89,12 +89,24 @@ def find_effort(
 
 
 def fitting_feeds(
-    facts: Analysis, samples: Samples, effort: Effort
+    facts: Analysis, samples: Samples, effort: Effort, *, sources: int
 ) -> tuple[list[Feeds], int]:
-    """Return the feeds to fit on, and the number of leading ones to measure losses on."""
-    found = feeds(facts, samples.take(range(effort.fitted)), effort.measured)
-    size = -(-effort.fitted // len(found))
-    return found, max(min(effort.measured // size, len(found)), 1)
+    """Return the feeds to fit on, and the number of leading ones to measure losses on.
+
+    Args:
+        facts: Analysis of the working model.
+        samples: All that may be fitted on; the first ones are `sources`, the others copies of
+            these in turns.  All copies of one are on the same side.
+        effort: How many to take.
+        sources: Number of different samples.
+    """
+    count = effort.fitted
+    leading = max(effort.measured * min(sources, count) // count, 1)
+    parts: tuple[list[int], list[int]] = ([], [])
+    for index in range(count):
+        parts[index % sources >= leading].append(index)
+    measured, others = (feeds(facts, samples.take(part)) if part else [] for part in parts)
+    return [*measured, *others], len(measured)
 
 
 def apart(batches: Sequence[_T], measured: int) -> Sequence[_T]:
@@ -106,10 +118,10 @@ def apart(batches: Sequence[_T], measured: int) -> Sequence[_T]:
     return batches[measured:] or batches
 
 
-def feeds(facts: Analysis, samples: Samples, most: int = _BATCH) -> list[Feeds]:
+def feeds(facts: Analysis, samples: Samples) -> list[Feeds]:
     """Return samples as feeds of the largest batch that the model allows, at most 32."""
     inputs = facts.model.signature.inputs
-    size = usable_batch([Session(facts.model)], inputs, samples, min(most, _BATCH))
+    size = usable_batch([Session(facts.model)], inputs, samples, _BATCH)
     return [batch.feed for batch in samples.batches(inputs, size)]
 
 

@@ -10,15 +10,15 @@ it is the density of margins near zero, about a third for ResNet-20 on new image
 New pictures and recordings move the outputs further than samples held out of a few: of 16
 networks compressed to a drift, 12 had up to 1.36 times that drift on new ones, 14 up to 1.73.
 So a promise on drift counts half more than the bound that was found.  Outputs far from zero
-keep a small drift even where they no longer answer to the input: a search under a limit on
-drift also keeps three quarters of their variance.
+drift little even where they no longer answer to the input: a search under a limit on drift
+also keeps three quarters of how they vary over the samples, in the mean over outputs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,8 @@ from onnxcomp.search.settings import Limits
 _POINTS_PER_CHANGE = 0.45
 _DISAGREEMENT_PER_CHANGE = 0.35  # of its root
 NEW_SOURCES = 1.5  # drift on samples from other sources, to that of those held out
-_UNEXPLAINED = 0.25  # of the raw outputs' variance, under a limit on drift
+_UNEXPLAINED = 0.25  # of the outputs' variance over samples, under a limit on drift
+_CONSTANT = 1e-9  # share of an output's square; one that varies less does not vary
 _GROUPS = 20  # of the delete-a-group jackknife
 _MEMORISED = 0.995  # score of the original from which on hold-out samples look memorised
 _BATCH = 32
@@ -50,12 +51,15 @@ class Look:
             bound of one standard error.
         drop: Points of the metric that may be lost on new samples; None without a metric.
         score: Score of the original by the labels; None where there are none.
+        unexplained: Squared change relative to the variance over samples, element by element;
+            the mean over outputs, each at most 1.
     """
 
     error: float
     drift: float
     drop: float | None
     score: float | None
+    unexplained: float = 0.0
 
     def within(self, limits: Limits) -> bool:
         """Whether the limits on drop and drift hold."""
@@ -67,13 +71,13 @@ class Look:
         if limits.drop is not None and self.drop is not None:
             shares.append(self.drop / limits.drop)
         if limits.drift is not None:
-            shares += [(self.drift / limits.drift) ** 2, self.error / _UNEXPLAINED]
+            shares += [(self.drift / limits.drift) ** 2, self.unexplained / _UNEXPLAINED]
         return max(shares)
 
     def drifts_little(self, limits: Limits) -> bool:
         """Whether the drift is within its limit, though too little of the variance is left."""
         drifts = limits.drift is not None and self.drift <= limits.drift
-        return drifts and self.error > _UNEXPLAINED
+        return drifts and self.unexplained > _UNEXPLAINED
 
 
 class Judge:
@@ -100,23 +104,29 @@ class Judge:
         sessions = [Session(model, threads=self._threads) for model in models]
         inputs = self._original.signature.inputs
         changes: dict[str, list[Array]] = {}
+        sums: dict[str, list[Array]] = {}
         runs = []
         for run in paired_outputs(sessions, inputs, self._samples, _BATCH):
             for name, reference in run[0].items():
                 changes.setdefault(name, []).append(_changes(reference, run[1][name]))
+                if is_float(reference.dtype):
+                    finite = np.where(np.isfinite(reference), reference, 0)
+                    sums.setdefault(name, []).append(finite.sum(axis=0, dtype=np.float64))
             if self._metric is not None:
                 runs.append(run)
-        drift = max(_drift(np.concatenate(rows)) for rows in changes.values())
+        rows = {name: np.concatenate(parts) for name, parts in changes.items()}
+        drift = NEW_SOURCES * max(_drift(each) for each in rows.values())
+        shares = [_unexplained(rows[name], parts) for name, parts in sums.items()]
+        look = Look(error, drift, None, None, float(np.mean(shares or [0.0])))
         if self._metric is None:
-            return Look(error, NEW_SOURCES * drift, None, None)
+            return look
         original, changed = (join_outputs(column) for column in zip(*runs, strict=True))
-        return self._scored(self._metric, error, NEW_SOURCES * drift, original, changed)
+        return self._scored(self._metric, look, original, changed)
 
     def _scored(
         self,
         metric: Metric,
-        error: float,
-        drift: float,
+        look: Look,
         original: Mapping[str, Array],
         changed: Mapping[str, Array],
     ) -> Look:
@@ -136,11 +146,11 @@ class Judge:
         spread = _jackknife(drop, samples.count)
         likely = 0.0
         if metric.against_original:
-            likely = _DISAGREEMENT_PER_CHANGE * math.sqrt(error)
+            likely = _DISAGREEMENT_PER_CHANGE * math.sqrt(look.error)
         elif metric.classes:
-            likely = _POINTS_PER_CHANGE * error
+            likely = _POINTS_PER_CHANGE * look.error
         score = None if metric.against_original else scores(every)[0]
-        return Look(error, drift, max(drop(every) + spread, likely), score)
+        return replace(look, drop=max(drop(every) + spread, likely), score=score)
 
 
 def looks_memorised(look: Look) -> bool:
@@ -175,6 +185,21 @@ def _drift(rows: Array) -> float:
         return math.inf
     bound = total + _jackknife(ratio, len(rows))
     return bound if rows[0, 2] else math.sqrt(bound)
+
+
+def _unexplained(rows: Array, sums: Sequence[Array]) -> float:
+    """Return the noise of one output relative to its variance over samples, at most 1.
+
+    Args:
+        rows: Noise and signal per sample, as `_changes` gives them.
+        sums: Sums of the output over samples, by batches.
+    """
+    noise, signal, _ = rows.sum(axis=0)
+    if len({part.shape for part in sums}) > 1:  # there is no mean of it
+        return 0.0
+    total = np.sum(sums, axis=0)
+    variance = signal - float(np.sum(total**2)) / len(rows)
+    return min(float(noise / variance), 1.0) if variance > _CONSTANT * signal else 0.0
 
 
 def _jackknife(statistic: Callable[[npt.NDArray[np.int64]], float], count: int) -> float:

@@ -26,9 +26,10 @@ _AIM = 0.93  # share of such a limit that the next candidate aims at
 _STEP = 8.0  # largest factor between the loss bounds of two candidates
 _STEADY = 0.1  # of the logarithm of the loss; less says nothing of how the strain grows
 _LATER_CANDIDATES = 3  # with losses measured again or shaken
+_FASTER = 0.98  # share of the best predicted time that the first of these must take
 _WEIGHTY = 0.8  # share of the predicted loss in the options that are measured again
 _SPREAD = 0.25  # of the logarithm of losses, where further plans are tried
-_PATIENCE = 12  # of these in a row that were no better, after which the search ends
+_PATIENCE = 12  # attempts in a row at something better, after which the search ends
 _SHARED = (1.0, 0.8, 0.65, 0.5)  # of all parameters, in plans whose weights are then rounded
 
 
@@ -51,8 +52,8 @@ class Pursuit:
         clock: Returns the time of a model as a share of the original's.
         keep: Called with every model that is better than all before it.
         box: Whether to go on until the deadline: weighty options are measured again in place
-            and solved again, then further plans are tried, until a dozen in a row are no
-            better.  Without it the first plan that uses up the limits is kept.
+            and solved again, then further plans are tried, until a dozen attempts in a row
+            were no better.  Without it the first plan that uses up the limits is kept.
         seed: Seed of the further plans.
         notes: Receives what the reader of the report must know.
     """
@@ -101,6 +102,11 @@ class Pursuit:
             self._notes.append(f"{reached}; the best so far was kept")
             if self.best.candidate is plain:
                 self.best = Outcome(plain, self._holds(plain))
+        if any(look.drifts_little(self._limits) for look in self._looks.values()):
+            self._notes.append(
+                "the limit on drift alone would have let outputs lose more than a quarter of "
+                "their variance over the samples; the search kept three quarters"
+            )
         plan = self.best.candidate.plan
         late = sum(refusal.reason == LATE for refusal in self._search.refusals(plan))
         if late:
@@ -149,7 +155,7 @@ class Pursuit:
     def _go_on(self, pursue: Callable[[Losses], None]) -> None:
         """Pursue until the deadline by losses measured again, then by shaken ones."""
         losses, found = self._search.losses, self.best.candidate
-        if not self._box or found.plan.empty:
+        if not self._box or found.plan.empty or self._search.deadline.passed:
             return
         pursue(self._search.measure_again(found, weighty(found.plan, losses)))
         fruitless = 0
@@ -255,31 +261,30 @@ class Pursuit:
                 "it had been trained on them: points lost on new samples were estimated "
                 "from how far the outputs move"
             )
-        if any(look.drifts_little(self._limits) for look in self._looks.values()):
-            self._notes.append(
-                "the outputs lie so far from zero that even a constant drifts little: the "
-                "search kept three quarters of their variance, too"
-            )
         self._go_on(self._hasten_by)
 
     def _hasten_by(self, losses: Losses) -> None:
-        """Look for a faster candidate by other losses, from the loss of the best on.
+        """Look for a faster candidate by other losses.
 
         Of many candidates that were looked at the best is likely to be lucky on the hold-out,
-        so that a later one must leave more of the limits than the first.
+        so that a later one must leave more of the limits than the first had to.
         """
-        best = self.best.candidate
-        bound = sum(losses.of(best.plan).values())
-        bound *= max(self._stride(self._strain(best)), 1.0)
+        seconds = _FASTER * self.best.candidate.plan.seconds
+        plan, missed = self._search.choose(losses, self._limits, seconds=seconds)
+        if missed:
+            return
         for _ in range(_LATER_CANDIDATES):
-            plan = self._search.fastest(losses, bound, self._limits)
-            if plan is None or plan.seconds >= self.best.candidate.plan.seconds:
+            if self.best.met and plan.seconds >= self.best.candidate.plan.seconds:
                 break
             candidate = self._search.solve(plan, losses)
             strain = self._strain(candidate)
             if strain <= _AIM:
                 self._offer_faster(candidate)
             bound = plan.loss * self._stride(strain)
+            following = self._search.fastest(losses, bound, self._limits)
+            if following is None:
+                break
+            plan = following
 
     def _bisect(self, losses: Losses, bound: float) -> None:
         """Find the loss bound whose fastest plan uses up the limits on drop and drift."""

@@ -27,7 +27,7 @@ from onnxcomp.samples import Samples
 from onnxcomp.search.clock import Clock
 from onnxcomp.search.judge import Judge
 from onnxcomp.search.pursuit import Outcome, Pursuit
-from onnxcomp.search.search import Point, Search
+from onnxcomp.search.search import Search
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.setup import Roles, assign_samples, invert_samples, make_search
 from onnxcomp.search.space import Plan
@@ -62,11 +62,6 @@ class Result:
     met: bool
     search: Search = field(repr=False)
     interrupted: bool = False
-
-    @cached_property
-    def pareto(self) -> tuple[Point, ...]:
-        """Predicted loss against MACs, parameters, bytes and time, most MACs first."""
-        return self.search.front()
 
 
 def compress(
@@ -256,6 +251,7 @@ class _Run:
             limits,
             fits=lambda model: search.within(model, limits),
             judge=self._holdout_judge(),
+            change=self._search.change,
             deadline=self._end,
             resume=resume,
             progress=self._progress,
@@ -333,6 +329,7 @@ class _Run:
         figures = replace(figures, file_bytes=self._search.size(candidate))
         self._refusals += without_codebook(candidate, self._settings.emit)
         report = self._report(plan, ladder, benchmark, figures, met, stored)
+        report = replace(report, front=self._timed("front", self._search.front))
         if there := self._clock.elsewhere:
             share = self._clock(candidate)
             note = f"the target is {there}: {1 / share:.2f}x is predicted; times are of here"

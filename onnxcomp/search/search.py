@@ -58,7 +58,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Point:
-    """A predicted point of the Pareto front; costs are shares of the original's.
+    """A plan beside others on the Pareto front; costs are shares of the original's.
 
     Attributes:
         macs: Multiply-accumulates.
@@ -66,6 +66,7 @@ class Point:
         file_bytes: Bytes of the file.
         seconds: Predicted time of what plans may change.
         loss: Predicted squared change of the raw outputs relative to their variance.
+        error: The same as found on the hold-out; None for a plan that was not solved.
     """
 
     macs: float
@@ -73,6 +74,7 @@ class Point:
     file_bytes: float
     seconds: float
     loss: float
+    error: float | None = None
 
 
 class Search:
@@ -124,11 +126,13 @@ class Search:
         self._adapted = adapted
         self._sizes: dict[str, int] = {}
         self._losses: Losses | None = None
+        self._tried: dict[str, tuple[Plan, float]] = {}  # by digest
 
     def refusals(self, plan: Plan) -> tuple[Refusal, ...]:
         """Return why passes had no option for nodes and groups that the plan leaves alone."""
         found = (*self.space.refusals, *(self._losses.refusals if self._losses else ()))
-        return tuple(r for r in found if r.where not in {*plan.forms, *plan.widths})
+        changed = {*plan.forms, *plan.widths}
+        return tuple(refusal for refusal in found if refusal.where not in changed)
 
     @property
     def losses(self) -> Losses:
@@ -239,6 +243,7 @@ class Search:
             self.store.put_model("model", key, model)
             self.store.put("walk", key, kept)
         error = self.timed("judge", lambda: self._judged.of(kept))
+        self._tried[model.digest] = plan, error
         return Candidate(plan, model, kept, error)
 
     def _walk(self, plan: Plan, losses: Losses) -> Walk:
@@ -337,28 +342,40 @@ class Search:
         return ((), 0) if self._losses is None else describe(self.space, plan, self._losses)
 
     def front(self) -> tuple[Point, ...]:
-        """Return predicted points, most MACs first; none before losses were measured."""
+        """Return a Pareto front, most MACs first; nothing before losses were measured.
+
+        Of the plans that were solved those that no other beats in time and error, and
+        predicted ones at limits on the MACs, as far as the time goes.
+        """
         if self._losses is None:
             return ()
-        allocator, points = self.allocator(self._losses), []
-        base, space = self.nothing.plan, self.space
-        size = space.file_bytes(base.cost, {})
+        tried = self._tried.values()
+        points = [
+            self._point(plan, error)
+            for plan, error in tried
+            if not any(p.seconds <= plan.seconds and e < error for p, e in tried)
+        ]
+        allocator, whole = self.allocator(self._losses), self.nothing.plan.cost.macs
         for share in _FRONT:
-            limits = Limits(macs=max(share * base.cost.macs, 2.0))
+            if self.deadline.passed:
+                break
             try:
-                plan = allocator.choose(limits, rough=True)
+                plan = allocator.choose(Limits(macs=max(share * whole, 2.0)), rough=True)
             except LimitError:
                 break
-            points.append(
-                Point(
-                    plan.cost.macs / base.cost.macs,
-                    plan.cost.params / base.cost.params,
-                    space.file_bytes(plan.cost, plan.forms) / size,
-                    plan.seconds / base.seconds,
-                    plan.loss,
-                )
-            )
-        return tuple(points)
+            points.append(self._point(plan, None))
+        return tuple(sorted(points, key=lambda point: -point.macs))
+
+    def _point(self, plan: Plan, error: float | None) -> Point:
+        base = self.nothing.plan
+        return Point(
+            plan.cost.macs / base.cost.macs,
+            plan.cost.params / base.cost.params,
+            self.file_bytes(plan) / self.file_bytes(base),
+            plan.seconds / base.seconds,
+            plan.loss,
+            error,
+        )
 
     def timed(self, phase: str, work: Callable[[], T]) -> T:
         """Do a piece of work and add its wall time to that of its phase."""

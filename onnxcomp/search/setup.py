@@ -278,7 +278,7 @@ def make_search(
     fixed = [space.target, drifts, *(getattr(settings, name) for name in _DECISIVE)]
     store = store.scoped(identity_of(original, roles.given, fixed, roles.inverted))
     effort = find_effort(facts, roles.fit, settings, deadline, store, notes)
-    batches, measured = fitting_feeds(facts, roles.fit, effort)
+    batches, measured = fitting_feeds(facts, roles.fit, effort, sources=roles.plain.count)
     return _kind(settings)(
         space,
         batches,

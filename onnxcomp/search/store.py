@@ -46,7 +46,7 @@ from onnxcomp.errors import ParameterError
 from onnxcomp.model import Array, Model
 from onnxcomp.samples import Samples
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MARKER = "README"
 
 T = TypeVar("T")

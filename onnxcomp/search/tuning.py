@@ -67,6 +67,7 @@ def tuned(
     *,
     fits: Callable[[Model], bool],
     judge: Judge,
+    change: Callable[[Model], float],
     deadline: Deadline,
     resume: Path | None,
     progress: Progress,
@@ -83,6 +84,7 @@ def tuned(
         limits: Those on drop and drift are judged again.
         fits: Whether a model is within those on costs: a packed file may become larger.
         judge: Looks at the result on the hold-out.
+        change: Returns how far a model's raw outputs are from the original's there.
         deadline: When training ends; without one it takes five minutes at most.
         resume: Folder of the state.
         progress: Called with a label and the share done.
@@ -109,8 +111,9 @@ def tuned(
     if not found.improved:
         return outcome, found.interrupted
     model = finish(prepare(found.model)[0]) if candidate.stored else found.model
-    look = partial(judge.look, model, found.after or 0.0)
-    met = fits(model) and (look().within(limits) if limits.judged else outcome.met)
+    met = fits(model) and outcome.met
+    if limits.judged and fits(model):
+        met = judge.look(model, change(model)).within(limits)
     if outcome.met and not met:
         notes.append("the tuned model breaks a limit that held before; it was not kept")
         return outcome, found.interrupted

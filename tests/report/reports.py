@@ -5,6 +5,7 @@ from onnxcomp.drift import Drift
 from onnxcomp.evaluate import Evaluation
 from onnxcomp.passes.base import Refusal
 from onnxcomp.report import Action, Figures, Report
+from onnxcomp.search.search import Point
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.validation import Ladder, Rung
 
@@ -36,5 +37,6 @@ def made_up_report(**changes) -> Report:
         "changed_macs": 0.8,
         "met": True,
         "settings": Settings(limits=Limits(macs=0.6)),
+        "front": (Point(0.9, 0.8, 0.7, 0.6, 1e-4), Point(0.5, 0.4, 0.3, 0.2, 1e-2, 0.0225)),
     }
     return Report(**{**content, **changes})

@@ -48,6 +48,13 @@ def parsed(page: str) -> Tags:
     return tags
 
 
+def test_the_front_tells_predicted_and_found_changes():
+    _, text = parsed(render(made_up_report(), ())).text.split("What other limits would have")
+    assert text.index("90.0 %") < text.index("50.0 %")
+    assert "10.0 %15.0 %" in text.replace("\n", "")  # roots of the loss and of the error
+    assert "other limits" not in parsed(render(made_up_report(front=()), ())).text
+
+
 def test_page_is_well_formed_and_loads_nothing():
     page = render(made_up_report(), LAYERS)
     tags = parsed(page)

@@ -64,7 +64,7 @@ def test_a_limit_on_macs_is_met_and_used_up():
     assert methods == {"compress_collaboratively"}
     assert all(action.loss >= 0 for action in result.report.actions)
     assert any("first or a last" in r.reason for r in result.report.refusals)
-    assert result.pareto == ()
+    assert result.report.front == ()
 
 
 def test_refits_bring_the_outputs_nearer():

@@ -11,7 +11,7 @@ from onnxcomp.deadline import Deadline
 from onnxcomp.model import Model
 from onnxcomp.samples import Samples
 from onnxcomp.search import effort as subject
-from onnxcomp.search.effort import Effort, find_effort, fitting_feeds
+from onnxcomp.search.effort import Effort, apart, find_effort, fitting_feeds
 from onnxcomp.search.setup import assign_samples
 from onnxcomp.search.store import Store
 from tests.search.searching import QUICK, inputs, wide
@@ -95,7 +95,7 @@ def test_time_and_memory_both_hold(slow):
 )
 def test_feeds_hold_what_was_asked_for(effort):
     samples = Samples(inputs(MODEL, COUNT))
-    feeds, leading = fitting_feeds(Analysis(MODEL, samples), samples, effort)
+    feeds, leading = fitting_feeds(Analysis(MODEL, samples), samples, effort, sources=COUNT)
     rows = [len(next(iter(feed.values()))) for feed in feeds]
     assert sum(rows) == effort.fitted
     assert sum(rows[:leading]) <= effort.measured
@@ -109,3 +109,40 @@ def test_the_leading_samples_are_of_all_kinds():
     fit = assign_samples(MODEL, data, QUICK, []).plain
     leading = np.round(fit.arrays["x"][:32].mean(axis=(1, 2, 3)) / 100)
     assert set(leading) == {0.0, 1.0, 2.0, 3.0}
+
+
+def firsts(feeds: list[dict[str, np.ndarray]]) -> set[int]:
+    return {int(row) for feed in feeds for row in feed["x"][:, 0, 0, 0]}
+
+
+@pytest.mark.parametrize("sources", [200, 43, 7, 2])
+def test_copies_of_a_sample_are_on_its_side(sources):
+    """Else options would be solved on what they are measured on, a little shifted."""
+    data = inputs(MODEL, COUNT)["x"]
+    data[:, 0, 0, 0] = np.arange(COUNT) % sources
+    samples = Samples({"x": data})
+    effort = Effort(COUNT, COUNT // 3)
+    feeds, leading = fitting_feeds(Analysis(MODEL, samples), samples, effort, sources=sources)
+    measured, solved = firsts(feeds[:leading]), firsts(apart(feeds, leading))
+    assert not measured & solved
+    assert len(measured | solved) == sources
+
+
+@pytest.mark.parametrize("sources", [1, COUNT])
+def test_one_sample_serves_for_everything(sources):
+    samples = Samples({"x": inputs(MODEL, COUNT)["x"]})
+    effort = Effort(COUNT if sources == 1 else 1, 1)
+    feeds, leading = fitting_feeds(Analysis(MODEL, samples), samples, effort, sources=sources)
+    assert leading == len(feeds)
+    assert apart(feeds, leading) is feeds
+
+
+def test_a_declared_batch_is_not_shared_by_both_sides():
+    model = with_batch(wide(), 8)
+    data = inputs(model, 20)
+    data["x"][:, 0, 0, 0] = np.arange(20)
+    samples = Samples(data)
+    facts = Analysis(model, samples)
+    feeds, leading = fitting_feeds(facts, samples, Effort(20, 6), sources=20)
+    assert firsts(feeds[:leading]) == set(range(6))
+    assert firsts(apart(feeds, leading)) == set(range(6, 20))

@@ -184,15 +184,45 @@ def test_strain_is_the_share_of_the_tightest_limit_in_squares():
 
 
 def test_a_drift_from_large_outputs_does_not_allow_a_constant():
-    """Scores around 3 that vary by 0.1 drift little if all are replaced by their mean."""
-    constant = Look(error=1.0, drift=0.03, drop=None, score=None)
+    constant = Look(error=0.0, drift=0.03, drop=None, score=None, unexplained=1.0)
     assert not constant.within(Limits(drift=0.1))
-    assert replace(constant, error=0.2).within(Limits(drift=0.1))
+    assert replace(constant, unexplained=0.2).within(Limits(drift=0.1))
     assert constant.strain(Limits(drift=0.1)) == pytest.approx(4.0)
     assert constant.drifts_little(Limits(drift=0.1))
     assert not constant.drifts_little(Limits(drift=0.02))
-    assert not replace(constant, error=0.2).drifts_little(Limits(drift=0.1))
+    assert not replace(constant, unexplained=0.2).drifts_little(Limits(drift=0.1))
     assert not constant.drifts_little(Limits(drop=0.01))
+
+
+@pytest.mark.parametrize("count", [40, 41])
+def test_what_is_left_of_the_variance_over_samples(count):
+    """Element by element: outputs around 3 and 8 that vary by 0.1 are no variance of 2.5."""
+    rng = np.random.default_rng(0)
+    outputs = np.array([3.0, 8.0]) + 0.1 * rng.standard_normal((count, 2))
+    batches = np.split(outputs, [32])
+
+    def lost(other: np.ndarray) -> float:
+        rows = np.concatenate(
+            [
+                module._changes(a, b)
+                for a, b in zip(batches, np.split(other, [32]), strict=True)
+            ]
+        )
+        return module._unexplained(rows, [batch.sum(axis=0) for batch in batches])
+
+    assert lost(np.broadcast_to(outputs.mean(axis=0), outputs.shape)) == pytest.approx(1.0)
+    assert lost(outputs + 0.05 * (outputs - outputs.mean(axis=0))) == pytest.approx(0.05**2)
+    assert lost(outputs) == 0.0
+    assert lost(outputs + 9.0) == 1.0
+    same = np.ones((count, 2))
+    batches = np.split(same, [32])
+    assert lost(same + 1e-3) == 0.0  # what never varies tells nothing
+
+
+def test_looks_see_what_is_left_of_the_variance():
+    assert look(network()).unexplained == 0.0
+    moved = look(network(1.1 * WEIGHT)).unexplained
+    assert moved == pytest.approx(0.01, rel=0.05)
 
 
 def test_a_score_of_nearly_one_looks_memorised():

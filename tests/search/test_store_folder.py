@@ -23,7 +23,7 @@ def store(tmp_path) -> Store:
 def test_a_folder_is_made_marked_and_opened_again(tmp_path):
     folder = tmp_path / "state"
     Store(folder).put("kind", KEY, 1)
-    assert "schema 1" in (folder / MARKER).read_text().splitlines()[0]
+    assert "schema 2" in (folder / MARKER).read_text().splitlines()[0]
     assert Store(folder).get("kind", KEY) == 1
 
 
@@ -48,7 +48,7 @@ def test_a_folder_of_something_else_is_refused(marker, tmp_path):
 
 def test_another_schema_is_refused(tmp_path):
     Store(tmp_path)
-    text = (tmp_path / MARKER).read_text().replace("schema 1", "schema 2")
+    text = (tmp_path / MARKER).read_text().replace("schema 2", "schema 3")
     (tmp_path / MARKER).write_text(text)
     with pytest.raises(ParameterError, match=r"--resume: .*of schema 2, not 1; give a new"):
         Store(tmp_path)
