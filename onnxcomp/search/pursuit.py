@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,7 +29,7 @@ _LATER_CANDIDATES = 3  # with losses measured again or shaken
 _FASTER = 0.98  # share of the best predicted time that the first of these must take
 _WEIGHTY = 0.8  # share of the predicted loss in the options that are measured again
 _SPREAD = 0.25  # of the logarithm of losses, where further plans are tried
-_PATIENCE = 12  # attempts in a row at something better, after which the search ends
+_PATIENCE = 24  # attempts in a row at something better, after which the search ends
 _SHARED = (1.0, 0.8, 0.65, 0.5)  # of all parameters, in plans whose weights are then rounded
 
 
@@ -52,7 +52,7 @@ class Pursuit:
         clock: Returns the time of a model as a share of the original's.
         keep: Called with every model that is better than all before it.
         box: Whether to go on until the deadline: weighty options are measured again in place
-            and solved again, then further plans are tried, until a dozen attempts in a row
+            and solved again, then further plans are tried, until two dozen attempts in a row
             were no better.  Without it the first plan that uses up the limits is kept.
         seed: Seed of the further plans.
         notes: Receives what the reader of the report must know.
@@ -83,6 +83,7 @@ class Pursuit:
         self._rest = 0.0  # seconds of the original that no plan changes, as measured
         self._times: dict[str, float] = {}
         self._looks: dict[str, Look] = {}
+        self._strains: dict[Hashable, float] = {}  # of plans that are not solved twice
         self.best = Outcome(search.nothing, met=False)
 
     def run(self) -> Outcome:
@@ -276,11 +277,13 @@ class Pursuit:
         for _ in range(_LATER_CANDIDATES):
             if self.best.met and plan.seconds >= self.best.candidate.plan.seconds:
                 break
-            candidate = self._search.solve(plan, losses)
-            strain = self._strain(candidate)
-            if strain <= _AIM:
-                self._offer_faster(candidate)
-            bound = plan.loss * self._stride(strain)
+            tried = (tuple(sorted(plan.widths.items())), tuple(sorted(plan.forms.items())))
+            if tried not in self._strains:
+                candidate = self._search.solve(plan, losses)
+                self._strains[tried] = strain = self._strain(candidate)
+                if strain <= _AIM:
+                    self._offer_faster(candidate)
+            bound = plan.loss * self._stride(self._strains[tried])
             following = self._search.fastest(losses, bound, self._limits)
             if following is None:
                 break

@@ -146,8 +146,8 @@ class Settings:
         memory: Bytes that activations of the fitting samples may take.
         solver_seconds: Time limit of the knapsack.
         time_limit: Seconds after which the best so far is returned.  Further plans are tried
-            until then, or until a dozen attempts in a row were no better; None keeps the first
-            plan that uses up the limits.
+            until then, or until two dozen attempts in a row were no better; None keeps the
+            first plan that uses up the limits.
         tune: Let the result learn from the original, in half of the time limit or five
             minutes; needs samples and torch.
         device: Where it learns: "cpu" or "cuda".
