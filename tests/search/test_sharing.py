@@ -16,7 +16,9 @@ from onnxcomp.passes.factorize_jointly import FactorizeJointly
 from onnxcomp.search import sharing as module
 from onnxcomp.search.sharing import JointLosses, Sharing
 from onnxcomp.search.store import Store
+from tests.passes.joint_cases import CASES as NETWORKS
 from tests.search.joint_lab import (
+    JOINT,
     NO_END,
     digits,
     lone_error,
@@ -244,3 +246,14 @@ def test_two_solutions_are_the_same():
     other = replace(losses.joint, weights=dict.fromkeys(losses.joint.weights, 1.0))
     third = sharing(lab).solve(plan, other.weights, {})[option]
     assert not np.array_equal(third.dense(0), found[0].dense(0))
+
+
+def test_losses_are_those_on_samples_that_nothing_was_fitted_on(monkeypatch):
+    """Of twelve samples; fitted on all of them, common factors seem to cost less than half."""
+    lab = Lab.of(NETWORKS["gemm"](), count=12, size=4, kinds=(JOINT,))
+    honest = sharing(lab).measure(1, Store(None), NO_END).losses
+    monkeypatch.setattr("onnxcomp.search.sharing.apart", lambda batches, measured: batches)
+    flattered = sharing(lab).measure(1, Store(None), NO_END).losses
+    both = honest.keys() & flattered.keys()
+    assert len(both) > 10
+    assert sum(flattered[o] for o in both) < 0.5 * sum(honest[o] for o in both)
