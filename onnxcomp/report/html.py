@@ -277,7 +277,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     classes = {">": ' class="number"', "|": ' class="tight"'}
     kinds = [classes.get(title[-1:], "") for title in header]
     head = "".join(
-        f"<th{kind}>{_text(title.rstrip('>|'))}</th>"
+        f"<th{kind}>{_text(title[:-1] if kind else title)}</th>"
         for kind, title in zip(kinds, header, strict=True)
     )
     body = "".join(
@@ -290,7 +290,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
     top = (
         f"<thead><tr>{head}</tr></thead>"
-        if any(title.rstrip(">|") for title in header)
+        if any(title not in ("", "|", ">") for title in header)
         else ""
     )
     return f'<div class="wide"><table>{top}<tbody>{body}</tbody></table></div>'

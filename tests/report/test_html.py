@@ -48,6 +48,10 @@ def parsed(page: str) -> Tags:
     return tags
 
 
+def test_headers_keep_their_own_bars():
+    assert "max |change|" in parsed(render(made_up_report(), ())).text
+
+
 def test_the_front_tells_predicted_and_found_changes():
     _, text = parsed(render(made_up_report(), ())).text.split("What other limits would have")
     assert text.index("90.0 %") < text.index("50.0 %")
