@@ -161,7 +161,7 @@ class ProgressView:
     def _left(self) -> str:
         """Return the time that the phase takes, and that until the limit, in words."""
         phase = self._pace.left()
-        parts = [] if phase is None else [f"{_duration(phase)} left"]
+        parts = [] if phase is None else [f"{_duration(phase)} left of this phase"]
         if self._end is not None:
             limit = self._end - self._clock()
             parts.append(f"limit in {_duration(limit)}" if limit > 0 else "limit reached")

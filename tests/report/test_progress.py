@@ -146,15 +146,17 @@ def lines(clock: Clock, *, terminal: bool = False, limit: float | None = None) -
 
 def test_lines_tell_what_is_left():
     found = lines(Clock())
-    assert found[:3] == ["losses", "  3% conv3 (6:28 left)", "  6% conv6 (6:16 left)"]
-    assert found[-2:] == [" 99% conv99 (0:04 left)", "walk"]
+    assert found[0] == "losses"
+    assert found[1] == "  3% conv3 (6:28 left of this phase)"
+    assert found[2] == "  6% conv6 (6:16 left of this phase)"
+    assert found[-2:] == [" 99% conv99 (0:04 left of this phase)", "walk"]
     assert len(found) == 35
 
 
 def test_lines_tell_when_the_limit_comes():
     found = lines(Clock(), limit=390.0)
     assert found[0] == "losses (limit in 6:30)"
-    assert found[1] == "  3% conv3 (6:28 left, limit in 6:18)"
+    assert found[1] == "  3% conv3 (6:28 left of this phase, limit in 6:18)"
     assert found[-1] == "walk (limit reached)"
 
 
@@ -174,8 +176,8 @@ def test_a_bar_between_updates_counts_down():
         view._bar.refresh()
         clock.now += 5.0
         view._bar.refresh()
-    assert "1:30 left" in stream.getvalue()
-    assert "1:25 left" in stream.getvalue()
+    assert "1:30 left of this phase" in stream.getvalue()
+    assert "1:25 left of this phase" in stream.getvalue()
 
 
 @pytest.mark.parametrize(
