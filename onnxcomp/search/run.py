@@ -328,8 +328,9 @@ class _Run:
         figures = Figures.of(Analysis(candidate, self._samples.fit), benchmark, 1)
         figures = replace(figures, file_bytes=self._search.size(candidate))
         self._refusals += without_codebook(candidate, self._settings.emit)
+        front = self._timed("front", self._search.front)
         report = self._report(plan, ladder, benchmark, figures, met, stored)
-        report = replace(report, front=self._timed("front", self._search.front))
+        report = replace(report, front=front)
         if there := self._clock.elsewhere:
             share = self._clock(candidate)
             note = f"the target is {there}: {1 / share:.2f}x is predicted; times are of here"

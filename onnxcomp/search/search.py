@@ -363,7 +363,8 @@ class Search:
                 plan = allocator.choose(Limits(macs=max(share * whole, 2.0)), rough=True)
             except LimitError:
                 break
-            points.append(self._point(plan, None))
+            if all(plan != solved for solved, _ in tried):
+                points.append(self._point(plan, None))
         return tuple(sorted(points, key=lambda point: -point.macs))
 
     def _point(self, plan: Plan, error: float | None) -> Point:

@@ -382,6 +382,7 @@ def test_the_front_falls():
     (solved,) = [point for point in result.report.front if point.error is not None]
     assert solved.macs == result.plan.cost.macs / cost(residual()).macs
     assert 0 < solved.error < 3 * solved.loss
+    assert "front" in result.report.seconds
     assert run(residual(), QUICK).report.front == ()  # nothing was measured
 
 
