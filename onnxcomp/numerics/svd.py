@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import qr, solve_triangular
 
-from onnxcomp.errors import ParameterError
+from onnxcomp.errors import DataError, ParameterError
 from onnxcomp.numerics.factorization import (
     Factorization,
     PatchMetric,
@@ -327,7 +327,12 @@ def _separated(
     best = loss(A, B) if rounds else 0.0
     for _ in range(rounds):
         first = fit_first(WS, S, A, B)
-        second = fit_last(basis_cross(first, WS), basis_gram(first, S), A)
+        try:
+            second = fit_last(basis_cross(first, WS), basis_gram(first, S), A)
+        except (
+            DataError
+        ):  # so large along directions that no sample shows that nothing is left
+            break
         achieved = loss(second, first)
         if achieved >= best:
             break

@@ -101,7 +101,9 @@ def cropped(
     found = dict(attrs) | {"kernel_shape": list(window.counts)}
     found["dilations"] = [d * step for d, step in zip(dilations, window.steps, strict=True)]
     crops = [*before, *after]
-    if not any(crops):
+    implicit = str(attrs.get("auto_pad", "NOTSET")).startswith("SAME")
+    stretched = any(step != 1 for step in found["dilations"])
+    if not any(crops) and not (implicit and stretched):  # onnxruntime runs no such node
         return found
     pads = _pads(attrs, spans)
     if pads is None or any(p < crop for p, crop in zip(pads, crops, strict=True)):

@@ -3,9 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp.errors import ParameterError
-from onnxcomp.numerics import least_squares
-from onnxcomp.numerics.factorization import Factorization, compose, refit, squared_error
+from onnxcomp.errors import DataError, ParameterError
+from onnxcomp.numerics import least_squares, svd
+from onnxcomp.numerics.factorization import (
+    Factorization,
+    compose,
+    refit,
+    squared_error,
+)
 from onnxcomp.numerics.moments import MomentsBuilder, RowMoments
 from onnxcomp.numerics.svd import (
     FORMS,
@@ -108,6 +113,22 @@ def test_rounds_pay_for_separable_forms():
             squared_error(W, form(W, metric, 3, rounds=n).dense(), metric) for n in (0, 1, 4)
         ]
         assert losses[2] < losses[1] < losses[0]
+
+
+def test_a_round_that_cannot_be_solved_is_not_taken(monkeypatch):
+    """Along directions without samples a basis may grow until its moments are but noise."""
+    W, metric, _ = case(4, (6, 5, 3, 3))
+    wanted, solve, calls = spatial(W, metric, 3, rounds=1).dense(), svd.fit_last, []
+
+    def fails_at_last(cross, gram, prior):
+        calls.append(gram)
+        if len(calls) == 3:
+            raise DataError("second moments are not positive semidefinite")
+        return solve(cross, gram, prior)
+
+    monkeypatch.setattr(svd, "fit_last", fails_at_last)
+    np.testing.assert_array_equal(spatial(W, metric, 3, rounds=9).dense(), wanted)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -50,7 +50,7 @@ def test_another_schema_is_refused(tmp_path):
     Store(tmp_path)
     text = (tmp_path / MARKER).read_text().replace("schema 2", "schema 3")
     (tmp_path / MARKER).write_text(text)
-    with pytest.raises(ParameterError, match=r"--resume: .*of schema 2, not 1; give a new"):
+    with pytest.raises(ParameterError, match=r"--resume: .*of schema 3, not 2; give a new"):
         Store(tmp_path)
     assert (tmp_path / MARKER).read_text() == text
 
