@@ -329,9 +329,7 @@ def _separated(
         first = fit_first(WS, S, A, B)
         try:
             second = fit_last(basis_cross(first, WS), basis_gram(first, S), A)
-        except (
-            DataError
-        ):  # so large along directions that no sample shows that nothing is left
+        except DataError:  # it grew along directions that no sample shows
             break
         achieved = loss(second, first)
         if achieved >= best:
