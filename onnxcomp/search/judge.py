@@ -103,20 +103,15 @@ class Judge:
         models = (self._original, candidate)
         sessions = [Session(model, threads=self._threads) for model in models]
         inputs = self._original.signature.inputs
-        changes: dict[str, list[Array]] = {}
-        sums: dict[str, list[Array]] = {}
+        compared: dict[str, _Compared] = {}
         runs = []
         for run in paired_outputs(sessions, inputs, self._samples, _BATCH):
             for name, reference in run[0].items():
-                changes.setdefault(name, []).append(_changes(reference, run[1][name]))
-                if is_float(reference.dtype):
-                    finite = np.where(np.isfinite(reference), reference, 0)
-                    sums.setdefault(name, []).append(finite.sum(axis=0, dtype=np.float64))
+                compared.setdefault(name, _Compared()).add(reference, run[1][name])
             if self._metric is not None:
                 runs.append(run)
-        rows = {name: np.concatenate(parts) for name, parts in changes.items()}
-        drift = NEW_SOURCES * max(_drift(each) for each in rows.values())
-        shares = [_unexplained(rows[name], parts) for name, parts in sums.items()]
+        drift = NEW_SOURCES * max(output.drift() for output in compared.values())
+        shares = [each.unexplained() for each in compared.values() if not each.exact]
         look = Look(error, drift, None, None, float(np.mean(shares or [0.0])))
         if self._metric is None:
             return look
@@ -158,48 +153,56 @@ def looks_memorised(look: Look) -> bool:
     return look.score is not None and look.score >= _MEMORISED
 
 
-def _changes(reference: Array, candidate: Array) -> Array:
-    """Return noise and signal per sample, shape (n, 3); a third column marks exact types."""
-    a, b = (x.reshape(len(x), -1) for x in (reference, candidate))
-    if not is_float(a.dtype):
-        differing = np.count_nonzero(a != b, axis=1)
-        return np.stack([differing, np.full(len(a), a.shape[1]), np.ones(len(a))], axis=1)
-    finite = np.isfinite(a)
-    a = np.where(finite, a, 0).astype(np.float64)
-    b = np.where(finite, b, 0).astype(np.float64)
-    noise, signal = np.sum((a - b) ** 2, axis=1), np.sum(a**2, axis=1)
-    return np.stack([noise, signal, np.zeros(len(a))], axis=1)
+class _Compared:
+    """One output of the original and a candidate, batch by batch.
 
-
-def _drift(rows: Array) -> float:
-    """Return the drift of one output, plus one standard error over the samples."""
-
-    def ratio(index: npt.NDArray[np.int64]) -> float:
-        noise, signal, _ = rows[index].sum(axis=0)
-        if not noise:
-            return 0.0
-        return float(noise / signal) if signal else math.inf
-
-    total = ratio(np.arange(len(rows)))
-    if not math.isfinite(total):
-        return math.inf
-    bound = total + _jackknife(ratio, len(rows))
-    return bound if rows[0, 2] else math.sqrt(bound)
-
-
-def _unexplained(rows: Array, sums: Sequence[Array]) -> float:
-    """Return the noise of one output relative to its variance over samples, at most 1.
-
-    Args:
-        rows: Noise and signal per sample, as `_changes` gives them.
-        sums: Sums of the output over samples, by batches.
+    Attributes:
+        exact: Whether its type is no floating-point type, so that elements are equal or not.
     """
-    noise, signal, _ = rows.sum(axis=0)
-    if len({part.shape for part in sums}) > 1:  # there is no mean of it
-        return 0.0
-    total = np.sum(sums, axis=0)
-    variance = signal - float(np.sum(total**2)) / len(rows)
-    return min(float(noise / variance), 1.0) if variance > _CONSTANT * signal else 0.0
+
+    def __init__(self) -> None:
+        self.exact = False
+        self._rows: list[Array] = []  # noise and signal per sample, each of shape (n, 2)
+        self._sums: list[Array] = []  # over the samples of a batch
+
+    def add(self, reference: Array, candidate: Array) -> None:
+        """Take in a batch, sample axis first."""
+        a, b = (x.reshape(len(x), -1) for x in (reference, candidate))
+        self.exact = not is_float(a.dtype)
+        if self.exact:
+            noise, signal = np.count_nonzero(a != b, axis=1), np.full(len(a), a.shape[1])
+        else:
+            finite = np.isfinite(a)
+            a = np.where(finite, a, 0).astype(np.float64)
+            b = np.where(finite, b, 0).astype(np.float64)
+            noise, signal = np.sum((a - b) ** 2, axis=1), np.sum(a**2, axis=1)
+            self._sums.append(a.sum(axis=0))
+        self._rows.append(np.stack([noise, signal], axis=1))
+
+    def drift(self) -> float:
+        """Return the drift, plus one standard error over the samples."""
+        rows = np.concatenate(self._rows)
+
+        def ratio(index: npt.NDArray[np.int64]) -> float:
+            noise, signal = rows[index].sum(axis=0)
+            if not noise:
+                return 0.0
+            return float(noise / signal) if signal else math.inf
+
+        total = ratio(np.arange(len(rows)))
+        if not math.isfinite(total):
+            return math.inf
+        bound = total + _jackknife(ratio, len(rows))
+        return bound if self.exact else math.sqrt(bound)
+
+    def unexplained(self) -> float:
+        """Return the noise relative to the variance over samples, at most 1."""
+        if len({part.shape for part in self._sums}) > 1:  # there is no mean of it
+            return 0.0
+        rows = np.concatenate(self._rows)
+        noise, signal = rows.sum(axis=0)
+        variance = signal - float(np.sum(np.sum(self._sums, axis=0) ** 2)) / len(rows)
+        return min(float(noise / variance), 1.0) if variance > _CONSTANT * signal else 0.0
 
 
 def _jackknife(statistic: Callable[[npt.NDArray[np.int64]], float], count: int) -> float:

@@ -328,9 +328,7 @@ class _Run:
         figures = Figures.of(Analysis(candidate, self._samples.fit), benchmark, 1)
         figures = replace(figures, file_bytes=self._search.size(candidate))
         self._refusals += without_codebook(candidate, self._settings.emit)
-        front = self._timed("front", self._search.front)
         report = self._report(plan, ladder, benchmark, figures, met, stored)
-        report = replace(report, front=front)
         if there := self._clock.elsewhere:
             share = self._clock(candidate)
             note = f"the target is {there}: {1 / share:.2f}x is predicted; times are of here"
@@ -347,6 +345,7 @@ class _Run:
         stored: tuple[Action, ...] = (),
     ) -> Report:
         actions, changed = self._search.describe(plan)
+        front = self._timed("front", self._search.front)
         return Report(
             original=Figures.of(self._base, benchmark, 0),
             result=figures,
@@ -359,6 +358,7 @@ class _Run:
             changed_macs=changed / max(self._base.cost.macs, 1),
             met=met,
             settings=self._settings,
+            front=front,
         )
 
     def _seen(self, candidate: Model) -> tuple[Ladder, Benchmark | None]:

@@ -32,6 +32,7 @@ from onnxcomp.search.walk import Walk
 
 T = TypeVar("T")
 _FRONT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+_FRONT_SECONDS = 5.0
 _TABLE_SHARE = 0.5  # of the time limit, that measuring losses may take
 _SAME = 1e-6  # relative difference of predicted times that counts as none
 _SOLVER_SHARE = 0.25  # of the time left, that one programme may take
@@ -345,7 +346,7 @@ class Search:
         """Return a Pareto front, most MACs first; nothing before losses were measured.
 
         Of the plans that were solved those that no other beats in time and error, and
-        predicted ones at limits on the MACs, as far as the time goes.
+        predicted ones at limits on the MACs, as far as a few seconds go.
         """
         if self._losses is None:
             return ()
@@ -355,9 +356,11 @@ class Search:
             for plan, error in tried
             if not any(p.seconds <= plan.seconds and e < error for p, e in tried)
         ]
-        allocator, whole = self.allocator(self._losses), self.nothing.plan.cost.macs
+        whole, deadline = self.nothing.plan.cost.macs, Deadline(_FRONT_SECONDS)
+        each = _FRONT_SECONDS / len(_FRONT)
+        allocator = Allocator(self.space, self._losses, time_limit_s=each)
         for share in _FRONT:
-            if self.deadline.passed:
+            if deadline.passed or self.deadline.passed:
                 break
             try:
                 plan = allocator.choose(Limits(macs=max(share * whole, 2.0)), rough=True)

@@ -199,24 +199,19 @@ def test_what_is_left_of_the_variance_over_samples(count):
     """Element by element: outputs around 3 and 8 that vary by 0.1 are no variance of 2.5."""
     rng = np.random.default_rng(0)
     outputs = np.array([3.0, 8.0]) + 0.1 * rng.standard_normal((count, 2))
-    batches = np.split(outputs, [32])
 
-    def lost(other: np.ndarray) -> float:
-        rows = np.concatenate(
-            [
-                module._changes(a, b)
-                for a, b in zip(batches, np.split(other, [32]), strict=True)
-            ]
-        )
-        return module._unexplained(rows, [batch.sum(axis=0) for batch in batches])
+    def lost(other: np.ndarray, outputs: np.ndarray = outputs) -> float:
+        compared = module._Compared()
+        for batch in zip(np.split(outputs, [32]), np.split(other, [32]), strict=True):
+            compared.add(*batch)
+        return compared.unexplained()
 
     assert lost(np.broadcast_to(outputs.mean(axis=0), outputs.shape)) == pytest.approx(1.0)
     assert lost(outputs + 0.05 * (outputs - outputs.mean(axis=0))) == pytest.approx(0.05**2)
     assert lost(outputs) == 0.0
     assert lost(outputs + 9.0) == 1.0
     same = np.ones((count, 2))
-    batches = np.split(same, [32])
-    assert lost(same + 1e-3) == 0.0  # what never varies tells nothing
+    assert lost(same + 1e-3, same) == 0.0  # what never varies tells nothing
 
 
 def test_looks_see_what_is_left_of_the_variance():
