@@ -53,7 +53,8 @@ def compress(
 ) -> dict[str, Any]:
     """Compress a model and save the result.
 
-    Unless `latency` is among the settings, the result is kept whatever its latency.
+    Unless `latency` is among the settings, the result is kept whatever its latency; without
+    `search_threads` the search has one.
 
     Args:
         model: Its name, or a file.
@@ -76,7 +77,7 @@ def compress(
         network,
         samples,
         limits=onnxcomp.Limits(**limits),
-        settings=onnxcomp.Settings(**{"latency": False} | settings),
+        settings=onnxcomp.Settings(**{"latency": False, "search_threads": 1} | settings),
         metric=None if metric is None else load_metric(metric),
         resume=resume,
     )

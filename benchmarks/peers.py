@@ -107,7 +107,7 @@ def _case(model: str, sparsity: float, options: Options) -> dict[str, Any]:
             out=file,
             macs=row["l2"]["macs"],
             seed=options.seed,
-            threads=options.threads,
+            search_threads=options.threads,
             patience=PATIENCE[name],
         ).value
     files = peers | own

@@ -92,7 +92,7 @@ class Folder:
             "--max-macs": 0.5,
             "--resume": self.path / "state",
             "--seed": 0,
-            "--threads": 1,
+            "--search-threads": 1,
             "--json": self.path / "report.json",
         }
         call = [sys.executable, "-c", "from onnxcomp.cli import main; main()", "compress"]

@@ -112,7 +112,7 @@ def _job(name: str, images: int, model: str, options: Options) -> Job:
         "out": str(options.work / f"{name}-{images}-small.onnx"),
         "macs": SHARE,
         "memory": QUICK_MEMORY if options.quick else MEMORY,
-        "threads": options.threads,
+        "search_threads": options.threads,
         "seed": options.seed,
         "target": options.target,
     }

@@ -209,7 +209,7 @@ def _compress(path: str, out: str) -> dict[str, Any]:
 
     original = onnxcomp.load(path)
     samples = np.random.default_rng(1).standard_normal((128, 3, 32, 32), np.float32)
-    settings = onnxcomp.Settings(latency=False)
+    settings = onnxcomp.Settings(latency=False, search_threads=1)
     result = onnxcomp.compress(
         original, samples, limits=onnxcomp.Limits(macs=0.5), settings=settings
     )

@@ -39,6 +39,7 @@ _MAX_REPEATS = 1000
 _SWEPT_BYTES = 16 * 2**20
 _LINE_SECONDS = 10.0
 _CPU_INFO = Path("/proc/cpuinfo")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds in every so many, or "max"
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
@@ -165,16 +166,25 @@ def session_options(threads: int) -> Any:
 
 def describe_machine(threads: int) -> dict[str, Any]:
     """Describe this machine as far as it can be read."""
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "cpu": _cpu_name(),
         "architecture": platform.machine(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
+        "cores": usable_cores(),
         "onnxruntime": ort.__version__,
         "threads": threads,
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "governor": _read(_GOVERNOR),
     }
+
+
+def usable_cores() -> int:
+    """Return how many cores the process may use: its affinity, and its container's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    quota = (_read(_QUOTA) or "max").split()
+    if len(quota) == 2 and quota[0].isdigit():
+        cores = min(cores, max(int(quota[0]) // int(quota[1]), 1))
+    return cores
 
 
 def _cpu_name() -> str:

@@ -287,6 +287,10 @@ def _whole(value: Any) -> int:
     return value
 
 
+def _optional_whole(value: Any) -> int | None:
+    return None if value is None else _whole(value)
+
+
 def _number(value: Any) -> float:
     if isinstance(value, str):
         return parse_quantity(value)
@@ -321,6 +325,7 @@ _KINDS: Mapping[Any, tuple[str, Callable[[Any], Any]]] = {
     str: ("a text", _text),
     str | None: ("a text", _optional_text),
     int: ("a whole number", _whole),
+    int | None: ("a whole number", _optional_whole),
     float: ("a number, with a unit or without", _number),
     float | None: ("seconds, or a time with its unit (10m)", _optional_duration),
     "latency": ("a share, microseconds, or a time with its unit (4ms)", _latency),

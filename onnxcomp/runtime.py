@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import mmap
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ class Session:
         model: The model to run.
         optimize: All graph optimisations (as deployed), or none (as written).
         threads: Intra-op threads.
+        at_once: Feeds that `run_each` works on at the same time.
         spinning: Whether idle threads spin, as they do where a model is deployed; beside
             NumPy's own threads they only take its time.
 
@@ -44,8 +47,10 @@ class Session:
         *,
         optimize: bool = True,
         threads: int = 1,
+        at_once: int = 1,
         spinning: bool = False,
     ) -> None:
+        self._at_once = at_once
         options = session_options(optimize=optimize, threads=threads)
         if not spinning:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -98,6 +103,22 @@ class Session:
                 f"onnxruntime cannot run the model: {_reason(error)}"
             ) from error
         return dict(zip(self.output_names, values, strict=True))
+
+    def run_each(self, feeds: Iterable[Mapping[str, Array]]) -> Iterator[dict[str, Array]]:
+        """Yield the outputs of every feed in order; feeds may hold more than the inputs.
+
+        Raises:
+            ExecutionError: Onnxruntime fails on one of them.
+        """
+        waiting: deque[Future[dict[str, Array]]] = deque()
+        with ThreadPoolExecutor(self._at_once) as pool:
+            for feed in feeds:
+                own = {name: feed[name] for name in self.input_names}
+                waiting.append(pool.submit(self.run, own))
+                if len(waiting) > self._at_once:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
 
 def open_file(

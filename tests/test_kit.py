@@ -161,6 +161,18 @@ def test_models_in_a_kit_are_the_models(kit):
     assert "from onnxcomp" not in script
 
 
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000", 5), ("200000 100000", 2), ("250000 100000", 2), ("50000 100000", 1)],
+)
+def test_cores_are_those_of_the_container(monkeypatch, tmp_path, quota, cores):
+    monkeypatch.setattr(kit_script.os, "sched_getaffinity", lambda _: range(5), raising=False)
+    monkeypatch.setattr(kit_script, "_QUOTA", tmp_path / "cpu.max")
+    assert kit_script.usable_cores() == 5  # no such file
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    assert kit_script.usable_cores() == cores
+
+
 def test_options_are_those_of_onnxcomp():
     """What decides latency is set as in `runtime.session_options`."""
     own, ours = kit_script.session_options(3), session_options(optimize=True, threads=3)

@@ -32,6 +32,7 @@ OTHER = Settings(
     data_aware=False,
     seed=7,
     threads=2,
+    search_threads=3,
     memory=4e9,
     solver_seconds=5.0,
     time_limit=600.0,

@@ -135,6 +135,22 @@ def test_other_float_weights_are_lent(dtype):
     assert relative_l2(found, x @ weight.astype(np.float32)) <= 1e-5
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_every_feed_is_run_in_order(at_once):
+    model = graph("float[N,64] x", "float[N,64] y", "y = MatMul (x, w)", {"w": normal(64, 64)})
+    feeds = [{"x": normal(2, 64, seed=seed), "other": normal(1)} for seed in range(8)]
+    session = Session(model, at_once=at_once)
+    taken: list[int] = []
+    runs = session.run_each(taken.append(index) or feed for index, feed in enumerate(feeds))
+    first = next(runs)
+    assert len(taken) <= at_once + 1  # no more are held than are worked on, and one
+    for out, feed in zip([first, *runs], feeds, strict=True):
+        assert np.array_equal(out["y"], session.run({"x": feed["x"]})["y"])
+    broken = [feeds[0], {"x": normal(2, 65)}, *feeds]
+    with pytest.raises(ExecutionError, match="cannot run the model"):
+        list(session.run_each(broken))
+
+
 def test_errors_are_ours():
     model = graph("float[N,3] x", "float[N,4] y", "y = MatMul (x, w)", {"w": normal(3, 4)})
     with pytest.raises(ExecutionError, match="cannot run the model"):

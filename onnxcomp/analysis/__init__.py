@@ -24,7 +24,7 @@ class Analysis:
         model: The model, which stays as `source`; `model` is the one without functions.
         samples: Inputs of the user; where there are none, random ones probe the shapes.
         seed: Seed of everything that is drawn at random.
-        threads: Threads of every onnxruntime session.
+        threads: Batches that are worked on at once.
     """
 
     def __init__(

@@ -8,13 +8,14 @@ rows instead of their Gram matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.model import Array
-from onnxcomp.numerics.moments import Moments, MomentsBuilder, RowMoments
+from onnxcomp.numerics.moments import Moments, MomentsBuilder, RowMoments, Sums
 
 _ROWS_PER_INPUT = 80
 _MIN_ROWS = 40_000
@@ -22,6 +23,7 @@ _MAX_DENSE = 8_192
 _MAX_KEPT_ROWS = 8_192
 Index = npt.NDArray[np.int64]
 SecondMoments = Moments | RowMoments
+_Parts = list[Sums] | tuple[Array, Array]  # sums of a batch's rows, or the rows
 
 
 def collect_moments(
@@ -33,6 +35,7 @@ def collect_moments(
     inputs: Index | None = None,
     outputs: Index | None = None,
     revise: Callable[[Array, Array], Array] | None = None,
+    threads: int = 1,
 ) -> tuple[SecondMoments, ...]:
     """Return the moments of a linear node, one entry per group.
 
@@ -45,6 +48,7 @@ def collect_moments(
         outputs: Channels of y to use, sorted; all if None.
         revise: Makes the targets of patches (n, channels of x, kernel positions) out of the
             rows (n, channels of y) sampled from `ys`; by default they are the targets.
+        threads: Batches that are worked on at once; the moments do not depend on it.
 
     Returns:
         Moments over (input channel, kernel position) in this order, or rows.
@@ -56,14 +60,27 @@ def collect_moments(
     dual = d > _MAX_DENSE or rows < d // 2
     rows = min(rows, _MAX_KEPT_ROWS) if dual else rows
     builders = [_Builder(len(c) * linear.spatial, len(m), dual) for c, m in groups]
-    for index, (x, y) in enumerate(zip(xs, ys, strict=True)):
+    batches = list(zip(xs, ys, rng.spawn(len(xs)), strict=True))
+
+    def parts(index: int) -> list[_Parts]:
         share = rows * (index + 1) // len(xs) - rows * index // len(xs)
-        patches, targets = linear.patches(x, y, share, rng)
+        patches, targets = linear.patches(*batches[index][:2], share, batches[index][2])
         if revise is not None:
             targets = revise(patches, targets)
+        found = []
         for builder, (c, m) in zip(builders, groups, strict=True):
             block = patches[:, c] if len(c) < patches.shape[1] else patches
-            builder.add(block.reshape(len(patches), -1), targets[:, m])
+            found.append(builder.parts(block.reshape(len(patches), -1), targets[:, m]))
+        return found
+
+    done = 0
+    with ThreadPoolExecutor(threads) as pool:
+        while done < len(xs):  # few at once, as each takes its memory
+            these = range(len(xs))[done:][: threads if builders[0].begun else 1]
+            for found in pool.map(parts, these):
+                for builder, part in zip(builders, found, strict=True):
+                    builder.merge(part)
+            done += len(these)
     return tuple(builder.finish() for builder in builders)
 
 
@@ -127,11 +144,20 @@ class _Builder:
         self._sums = None if dual else MomentsBuilder(d, m)
         self._rows: list[tuple[Array, Array]] = []
 
-    def add(self, x: Array, y: Array) -> None:
-        if self._sums is not None:
-            self._sums.add(x, y)
-        else:
-            self._rows.append((x.copy(), y))
+    @property
+    def begun(self) -> bool:
+        """Whether the mean is known that sums in other threads start from."""
+        return self._sums is None or self._sums.begun
+
+    def parts(self, x: Array, y: Array) -> _Parts:
+        return (x.copy(), y) if self._sums is None else self._sums.sums(x, y)
+
+    def merge(self, parts: _Parts) -> None:
+        if isinstance(parts, tuple):
+            self._rows.append(parts)
+        elif self._sums is not None:
+            for part in parts:
+                self._sums.merge(part)
 
     def finish(self) -> SecondMoments:
         if self._sums is not None:

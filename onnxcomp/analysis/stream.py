@@ -26,7 +26,7 @@ class Stream:
         batches: One feed per batch.
         tensors: Dtype and rank of every tensor (`capture_tensors`).
         keep: Tensors to hold to the end, besides the model's outputs.
-        threads: Threads of every session.
+        threads: Batches that are run at once.
     """
 
     def __init__(
@@ -79,8 +79,7 @@ class Stream:
         """Run the nodes in front of index `end`; hold what is live there and `wanted`."""
         keep = self._live(end) | set(wanted)
         session = self._segment(sorted(n for n in keep if n not in self._held[0]))
-        for held in self._held:
-            out = session.run({n: held[n] for n in session.input_names})
+        for held, out in zip(self._held, session.run_each(self._held), strict=True):
             merged = held | out
             held.clear()
             held.update({n: merged[n] for n in keep})
@@ -97,9 +96,7 @@ class Stream:
         if name in self._held[0]:
             return self.batches(name)
         session = self.tail([], [name])
-        return [
-            session.run({n: held[n] for n in session.input_names})[name] for held in self._held
-        ]
+        return [out[name] for out in session.run_each(self._held)]
 
     def depends(self, name: str) -> set[str]:
         """Return the nodes that must still run to make a tensor."""
@@ -131,7 +128,7 @@ class Stream:
         values = [*cut, *(_exact_value(n, self.model.weights[n]) for n in free)]
         part = extract(self.model, _needed(self.model, values, outputs), outputs)
         weights = {n: self._weights.get(n, a) for n, a in part.weights.items()}
-        return Session(Model(part.skeleton, weights), threads=self._threads)
+        return Session(Model(part.skeleton, weights), at_once=self._threads)
 
     def _live(self, position: int) -> set[str]:
         """Return the tensors made before `position` that are read there or later."""

@@ -156,7 +156,7 @@ def _starts(
         stream.advance([linear.x])
         rng = np.random.default_rng([facts.seed, position])
         inputs, targets = stream.batches(linear.x), stream.peek(linear.y)
-        (metric,) = collect_moments(linear, inputs, targets, rng)
+        (metric,) = collect_moments(linear, inputs, targets, rng, threads=facts.threads)
         for option in options[linear.id]:
             found[option] = _start(facts, linear, option, metric)
     return found

@@ -34,6 +34,7 @@ from onnxcomp.cli.options import (
     Quiet,
     RecipeFile,
     Resume,
+    SearchThreads,
     Seed,
     Size,
     Target,
@@ -85,6 +86,7 @@ def compress(
     memory: Memory = None,
     seed: Seed = None,
     threads: Threads = None,
+    search_threads: SearchThreads = None,
     report: Page = None,
     json_file: Json = None,
     dry_run: DryRun = False,
@@ -97,13 +99,11 @@ def compress(
     fastest model, on costs for the most accurate.  The best so far is in OUT at any time.
     """
     flags: dict[str, Any] = {"exclude": exclude, "target": target, "grid": grid}
-    flags |= {"device": device, "memory": memory, "seed": seed, "threads": threads}
-    flags |= {"tune": tune or None, "time_limit": time_limit, "force": force or None}
-    flags |= {
-        "limits": Limits(max_macs, max_params, max_size, max_latency, max_drop, max_drift),
-        "methods": None if methods is None else tuple(methods.split(",")),
-        "emit": _form(out, emitted),
-    }
+    flags |= {"tune": tune or None, "device": device, "memory": memory, "seed": seed}
+    flags |= {"threads": threads, "search_threads": search_threads, "force": force or None}
+    flags |= {"emit": _form(out, emitted), "time_limit": time_limit}
+    flags["methods"] = None if methods is None else tuple(methods.split(","))
+    flags["limits"] = Limits(max_macs, max_params, max_size, max_latency, max_drop, max_drift)
     settings, metric, same = _resolved(recipe, flags, metric)
     _check_used(settings, device, report, dry_run)
     outputs = _Outputs.of(out, report, json_file, recipe if same else None)

@@ -55,7 +55,12 @@ Metric = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="top1, psnr, psnr:PEAK, agreement or module:function."),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of every session [1].")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of what is measured or trained [1].")
+]
+SearchThreads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of the search [all cores, at most 8].")
+]
 Macs = Annotated[float | None, _limit("--max-macs", "multiply-accumulates per sample")]
 Params = Annotated[float | None, _limit("--max-params", "parameters")]
 Size = Annotated[float | None, _limit("--max-size", "bytes of the file")]

@@ -170,6 +170,18 @@ class Moments:
         return xx
 
 
+@dataclass(frozen=True)
+class Sums:
+    """Sums over one block of rows from which the builder's shift was taken."""
+
+    count: int
+    x: Array
+    y: Array
+    xx: Rows
+    yx: Rows
+    yy: Array
+
+
 class MomentsBuilder:
     """Sums blocks of rows to `Moments`.
 
@@ -187,9 +199,23 @@ class MomentsBuilder:
         self._yy = np.zeros(m)
         self._shift: tuple[Rows, Rows] | None = None
 
-    @np.errstate(over="ignore", invalid="ignore")  # `finish` refuses what comes of it
+    @property
+    def begun(self) -> bool:
+        """Whether rows were seen whose mean all others are shifted by."""
+        return self._shift is not None
+
     def add(self, x: ArrayLike, y: ArrayLike) -> None:
         """Add rows x (n, d) and targets y (n, m), float32 or float64.
+
+        Raises:
+            ParameterError: the shapes do not fit each other or the builder.
+        """
+        for part in self.sums(x, y):
+            self.merge(part)
+
+    @np.errstate(over="ignore", invalid="ignore")  # `finish` refuses what comes of it
+    def sums(self, x: ArrayLike, y: ArrayLike) -> list[Sums]:
+        """Return what `merge` adds for rows; in any thread, once the first have `begun`.
 
         Raises:
             ParameterError: the shapes do not fit each other or the builder.
@@ -203,20 +229,22 @@ class MomentsBuilder:
                 (x.shape, y.shape),
             )
         if not len(x):
-            return
+            return []
         if self._shift is None:
             self._shift = x.mean(axis=0), y.mean(axis=0)
-        for first in range(0, len(x), _BLOCK_ROWS):
-            rows = slice(first, first + _BLOCK_ROWS)
-            self._sum(x[rows] - self._shift[0], y[rows] - self._shift[1])
+        x_shift, y_shift = self._shift
+        blocks = (slice(i, i + _BLOCK_ROWS) for i in range(0, len(x), _BLOCK_ROWS))
+        return [_sums(x[rows] - x_shift, y[rows] - y_shift) for rows in blocks]
 
-    def _sum(self, x: Rows, y: Rows) -> None:
-        self._count += len(x)
-        self._x += x.sum(axis=0, dtype=np.float64)
-        self._y += y.sum(axis=0, dtype=np.float64)
-        self._xx += x.T @ x
-        self._yx += y.T @ x
-        self._yy += np.einsum("nm,nm->m", y, y, dtype=np.float64)
+    @np.errstate(over="ignore", invalid="ignore")
+    def merge(self, part: Sums) -> None:
+        """Add the sums of a block of rows."""
+        self._count += part.count
+        self._x += part.x
+        self._y += part.y
+        self._xx += part.xx
+        self._yx += part.yx
+        self._yy += part.yy
 
     def finish(self) -> Moments:
         """Return the moments; S is shrunk by rho = d / (d + rows) where rows < 10 d.
@@ -241,6 +269,12 @@ class MomentsBuilder:
             np.fill_diagonal(xx, variances)
         x_shift, y_shift = self._shift
         return Moments(n, x_mean + x_shift, y_mean + y_shift, xx, yx, yy, shrinkage)
+
+
+def _sums(x: Rows, y: Rows) -> Sums:
+    yy = np.einsum("nm,nm->m", y, y, dtype=np.float64)
+    x_sum, y_sum = (a.sum(axis=0, dtype=np.float64) for a in (x, y))
+    return Sums(len(x), x_sum, y_sum, x.T @ x, y.T @ x, yy)
 
 
 @dataclass(frozen=True)

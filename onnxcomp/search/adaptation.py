@@ -124,7 +124,7 @@ def adapted(
         facts: The working model.
         statistics: Mean and standard deviation by output name, from `batchnorm_statistics`.
         batches: Noise, one feed per batch.
-        threads: Threads of every session.
+        threads: Batches that are worked on at once.
     """
     model = facts.model
     stream = Stream(model, batches, facts.tensors, threads=threads)
@@ -159,8 +159,8 @@ def _moments(stream: Stream, linear: Linear) -> Statistics:
     session = stream.tail([], [linear.y])
     parts = []
     with np.errstate(invalid="ignore"):  # of infinite outputs, which `_towards` leaves alone
-        for held in stream.held():
-            y = session.run({n: held[n] for n in session.input_names})[linear.y]
+        for out in session.run_each(stream.held()):
+            y = out[linear.y]
             rows = np.moveaxis(y, linear.y_axis, -1).reshape(-1, linear.out_channels)
             rows = rows.astype(np.float64)
             parts.append((len(rows), rows.mean(axis=0), rows.var(axis=0)))

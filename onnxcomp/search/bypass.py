@@ -59,11 +59,11 @@ class BypassMeter:
         values = _values(model, linear)
         front = twins.current.tail([*values], [reader.x])
         feeds = ({**each, **values} for each in apart(held, self.measured))
-        xs = [front.run({n: f[n] for n in front.input_names})[reader.x] for f in feeds]
+        xs = [out[reader.x] for out in front.run_each(feeds)]
         rng = np.random.default_rng([self.seed, list(space.facts.linears).index(reader.id)])
         targets = apart(twins.original.peek(reader.y), self.measured)
         try:
-            metrics = collect_moments(reader, xs, targets, rng)
+            metrics = collect_moments(reader, xs, targets, rng, threads=space.facts.threads)
         except DataError:  # such as a mask of -inf in front of the reader
             return {}
         kernel = reader.kernel(model.weights[reader.weight])

@@ -319,7 +319,7 @@ class CollaborativeSearch(Search):
             _own(plan),
             self._batches,
             seed=settings.seed,
-            threads=settings.threads,
+            threads=settings.cores,
             progress=self._progress_until_deadline,
             data_aware=self._pass.reconstruct,
         )

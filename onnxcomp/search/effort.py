@@ -143,12 +143,12 @@ def _hurried(facts: Analysis, samples: Samples, deadline: Deadline, effort: Effo
 
 def _seconds(facts: Analysis, samples: Samples) -> float:
     """Return how long the network takes for one sample."""
-    session = Session(facts.model, threads=facts.threads)
+    session = Session(facts.model, at_once=facts.threads)
     batch = next(samples.take([0]).batches(facts.model.signature.inputs, 1))
     session.run(batch.feed)  # warms up
     start = time.monotonic()
-    session.run(batch.feed)
-    return max(time.monotonic() - start, 1e-6) / (batch.rows or 1)
+    runs = len(list(session.run_each([batch.feed] * facts.threads)))
+    return max(time.monotonic() - start, 1e-6) / (runs * (batch.rows or 1))
 
 
 def _live_elements(facts: Analysis) -> int:

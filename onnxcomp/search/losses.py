@@ -111,7 +111,7 @@ class LossMeter:
         batches: Fitting samples, one feed per batch.
         measured: Number of leading batches to measure on; options are solved on the others.
         seed: Seed of the sampled positions.
-        threads: Threads of every session.
+        threads: Batches that are worked on at once.
         progress: Called with a label and the share done.
         data_aware: Solve in the metric of the samples, or from the weights alone.
         store: Where what was measured is kept.
@@ -292,8 +292,8 @@ class LossMeter:
             bias = np.asarray(weights[linear.bias], np.float64).reshape(-1)
             return identity_moments(linear, linear.kernel(weights[linear.weight]), bias)
         rng = np.random.default_rng([self._seed, position])
-        xs = apart(twins.inputs(linear), self._measured)
-        return collect_moments(linear, xs, apart(twins.targets(linear), self._measured), rng)
+        xs, ys = (apart(of(linear), self._measured) for of in (twins.inputs, twins.targets))
+        return collect_moments(linear, xs, ys, rng, threads=self._threads)
 
     def _measure_forms(self, twins: Twins, linear: Linear, metric: SecondMoments) -> None:
         """Measure some of a node's forms and interpolate the rest."""
@@ -404,7 +404,7 @@ class LossMeter:
         values = [Value(n, weights[n].dtype, weights[n].shape) for n in free]
         part = extract(self._model, values, self._outputs)
         inner = {n: self._current.get(n, a) for n, a in part.weights.items()}
-        return Session(Model(part.skeleton, inner), threads=self._threads)
+        return Session(Model(part.skeleton, inner), at_once=self._threads)
 
     def _without(
         self, linear: Linear, removed: Mapping[str, Index], metrics: tuple[SecondMoments, ...]

@@ -39,9 +39,7 @@ class OutputError:
 
     def of_runs(self, session: Session, feeds: Iterable[Mapping[str, Array]]) -> float:
         """Return the error of a session that is run on feeds, which may hold more."""
-        return self.of(
-            session.run({n: feed[n] for n in session.input_names}) for feed in feeds
-        )
+        return self.of(session.run_each(feeds))
 
 
 class OutputMeter:
@@ -51,7 +49,7 @@ class OutputMeter:
         model: The working model.
         tensors: Its tensors.
         batches: Samples, one feed per batch.
-        threads: Threads of every session.
+        threads: Batches that are run at once.
     """
 
     def __init__(
@@ -73,9 +71,8 @@ class OutputMeter:
 
     def _run(self, weights: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
         own = {name: weights.get(name, array) for name, array in self._part.weights.items()}
-        session = Session(Model(self._part.skeleton, own), threads=self._threads)
-        for feed in self._batches:
-            yield session.run({n: feed[n] for n in session.input_names})
+        session = Session(Model(self._part.skeleton, own), at_once=self._threads)
+        return session.run_each(self._batches)
 
 
 def raw_runs(
@@ -86,10 +83,9 @@ def raw_runs(
     Args:
         model: The model.
         batches: Samples, one feed per batch.
-        threads: Threads of the session.
+        threads: Batches that are run at once.
     """
     names = raw_outputs(model, capture_tensors(model, batches[0]))
-    session = Session(extract(model, (), names), threads=threads)
-    for feed in batches:
-        found = session.run({n: feed[n] for n in session.input_names})
+    session = Session(extract(model, (), names), at_once=threads)
+    for found in session.run_each(batches):
         yield {str(index): found[name] for index, name in enumerate(names)}

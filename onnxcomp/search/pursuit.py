@@ -51,11 +51,17 @@ class Pursuit:
         judge: Looks at candidates on the hold-out.
         clock: Returns the time of a model as a share of the original's.
         keep: Called with every model that is better than all before it.
+        largest: Bytes that a file may have whatever the limits are.  Plans are asked for less
+            from the first file on that has more, as another limit makes them hard to find.
         box: Whether to go on until the deadline: weighty options are measured again in place
             and solved again, then further plans are tried, until two dozen attempts in a row
             were no better.  Without it the first plan that uses up the limits is kept.
         seed: Seed of the further plans.
         notes: Receives what the reader of the report must know.
+
+    Attributes:
+        best: What is kept.
+        earlier: What was kept before it, where that is within the limits, too.
     """
 
     def __init__(
@@ -67,12 +73,15 @@ class Pursuit:
         judge: Judge,
         clock: Callable[[Model], float],
         keep: Callable[[Model], None],
+        largest: float = np.inf,
         box: bool,
         seed: int,
         notes: list[str],
     ) -> None:
         self._search = search
-        self._limits = limits
+        bound = min(limits.size or np.inf, largest)
+        self._limits = replace(limits, size=None if np.isinf(bound) else bound)
+        self._asked = limits  # what plans must meet so that their files meet the limits
         self._share = share
         self._judge = judge
         self._clock = clock
@@ -85,6 +94,7 @@ class Pursuit:
         self._looks: dict[str, Look] = {}
         self._strains: dict[Hashable, float] = {}  # of plans that are not solved twice
         self.best = Outcome(search.nothing, met=False)
+        self.earlier: tuple[Outcome, ...] = ()
 
     def run(self) -> Outcome:
         """Look for the best candidate until it is found or the deadline passes."""
@@ -122,6 +132,8 @@ class Pursuit:
             self._approach()
 
     def _take(self, candidate: Candidate, *, met: bool) -> None:
+        if self.best.met and not self.best.candidate.plan.empty:
+            self.earlier = (self.best,)
         self.best = Outcome(candidate, met)
         self._keep(candidate.model)
 
@@ -130,6 +142,15 @@ class Pursuit:
         if not self._search.within(candidate.model, self._limits):
             return False
         return self._share is None or self._time(candidate) <= self._share
+
+    def _too_large(self, candidate: Candidate) -> bool:
+        """Whether the file is too large; plans are asked for smaller ones from then on."""
+        limit = self._limits.size
+        if limit is None or (size := self._search.size(candidate.model)) <= limit:
+            return False
+        excess = size - self._search.file_bytes(candidate.plan)
+        self._asked = smaller(self._limits, max(excess, 0.0))
+        return True
 
     def _time(self, candidate: Candidate) -> float:
         """Return a candidate's measured share of the original's time."""
@@ -167,11 +188,11 @@ class Pursuit:
 
     def _pursue(self, losses: Losses) -> None:
         """Solve by given losses until the written file and the measured time are within."""
-        limits, misses = self._limits, 0
+        misses = 0
         seen: set[str] = set()
         for _ in range(_SIZE_ROUNDS if self._share is None else _TIME_ROUNDS):
             seconds = self._predicted() * _CAUTION**misses
-            plan, reason = self._search.choose(losses, limits, seconds=seconds)
+            plan, reason = self._search.choose(losses, self._asked, seconds=seconds)
             candidate = self._search.solve(plan, losses)
             met = self._holds(candidate)
             self._offer(candidate, met=met)
@@ -181,11 +202,7 @@ class Pursuit:
             if plan.empty or reason or candidate.model.digest in seen:
                 break
             seen.add(candidate.model.digest)
-            size = self._search.size(candidate.model)
-            if size > (self._limits.size or np.inf):
-                predicted = self._search.file_bytes(plan)
-                limits = smaller(self._limits, size - predicted)
-            elif met and not self._leaves_time(candidate):
+            if not self._too_large(candidate) and met and not self._leaves_time(candidate):
                 break
 
     def _share_best(self) -> None:
@@ -271,7 +288,7 @@ class Pursuit:
         so that a later one must leave more of the limits than the first had to.
         """
         seconds = _FASTER * self.best.candidate.plan.seconds
-        plan, missed = self._search.choose(losses, self._limits, seconds=seconds)
+        plan, missed = self._search.choose(losses, self._asked, seconds=seconds)
         if missed:
             return
         for _ in range(_LATER_CANDIDATES):
@@ -280,11 +297,13 @@ class Pursuit:
             tried = (tuple(sorted(plan.widths.items())), tuple(sorted(plan.forms.items())))
             if tried not in self._strains:
                 candidate = self._search.solve(plan, losses)
+                if self._too_large(candidate):
+                    break
                 self._strains[tried] = strain = self._strain(candidate)
                 if strain <= _AIM:
                     self._offer_faster(candidate)
             bound = plan.loss * self._stride(self._strains[tried])
-            following = self._search.fastest(losses, bound, self._limits)
+            following = self._search.fastest(losses, bound, self._asked)
             if following is None:
                 break
             plan = following
@@ -294,11 +313,13 @@ class Pursuit:
         low, high = 0.0, np.inf
         points: list[tuple[float, float]] = []
         for _ in range(_BISECTIONS):
-            plan = self._search.fastest(losses, bound, self._limits)
+            plan = self._search.fastest(losses, bound, self._asked)
             if plan is None:  # the limits on costs ask for more than this loss
                 low, bound = bound, self._between(bound, bound * _STEP, high)
                 continue
             candidate = self._search.solve(plan, losses)
+            if self._too_large(candidate):
+                continue
             strain = self._strain(candidate)
             if strain <= 1.0:
                 low = bound

@@ -106,7 +106,7 @@ def compress(
     settings = settings or Settings()
     if limits is not None:
         settings = replace(settings, limits=limits)
-    with threadpool_limits(settings.threads):
+    with threadpool_limits(1):  # of BLAS; see `Settings.search_threads`
         run = _Run(model, data, settings, metric, progress or (lambda *_: None))
         return run.result(Path(resume) if resume else None, keep or (lambda _: None), dry_run)
 
@@ -173,7 +173,6 @@ class _Run:
             notes=self._notes,
         )
         self._search = self._timed("analyse", make)
-        nothing = self._search.nothing
         cost = self._base.cost
         limits = settings.limits.absolute(cost.macs, cost.params, self._original.file_bytes)
         if limits.judged and not self._samples.given:
@@ -181,7 +180,7 @@ class _Run:
             self._notes.append("limits on drop and drift were halved: no real samples judge")
         if idle:
             self._notes.append("no limit was given: there was nothing to do but exact passes")
-            return self._judge(Outcome(nothing, met=True))
+            return self._judge(Outcome(self._search.nothing, met=True))
         if dry_run:
             return self._preview(limits)
         pursuit = self._pursuit(limits, keep)
@@ -189,7 +188,7 @@ class _Run:
             pursuit.run()
             if settings.tune:
                 self._tune(pursuit, limits, keep, resume)
-            return self._judge(pursuit.best)
+            return self._judge(pursuit.best, *pursuit.earlier)
         except KeyboardInterrupt:
             self._notes.append("interrupted; this is the best so far")
             self._settings = replace(settings, latency=False)
@@ -212,12 +211,14 @@ class _Run:
         """Raise what a metric that does not fit would raise, before work is done for it."""
         if self._metric is not None:
             samples = self._samples.holdout
-            outputs = predict(self._original, samples, threads=self._settings.threads)
+            outputs = predict(self._original, samples, threads=self._settings.cores)
             self._metric.score(outputs, samples, outputs)
             self._metric.check_labels(outputs, self._samples.labels)
 
     def _pursuit(self, limits: Limits, keep: Keep) -> Pursuit:
         settings, clock = self._settings, self._clock
+        grows = settings.force or settings.emit != "onnx"
+        whole = max(m.file_bytes for m in (self._original, self._search.nothing.model))
         return Pursuit(
             self._search,
             limits,
@@ -225,6 +226,7 @@ class _Run:
             judge=self._holdout_judge(),
             clock=clock,
             keep=keep,
+            largest=math.inf if grows else whole,
             box=settings.time_limit is not None
             and settings.data_aware
             and self._search.varied
@@ -234,7 +236,7 @@ class _Run:
         )
 
     def _holdout_judge(self) -> Judge:
-        samples, threads = self._samples.holdout, self._settings.threads
+        samples, threads = self._samples.holdout, self._settings.cores
         return Judge(self._original, samples, self._metric, threads=threads)
 
     def _tune(self, pursuit: Pursuit, limits: Limits, keep: Keep, resume: Path | None) -> None:
@@ -310,17 +312,20 @@ class _Run:
             self._notes.append(reason)
         return plan, not reason
 
-    def _judge(self, outcome: Outcome) -> Result:
-        """Validate, measure, and fall back where the candidate does not pay."""
-        plan, candidate = outcome.candidate.plan, outcome.candidate.model
-        met, stored = outcome.met, outcome.candidate.stored
-        ladder, benchmark = self._seen(candidate)
-        reason = self._regret(candidate, ladder, benchmark)
-        if reason:
-            self._notes.append(f"{reason}; the prepared original was kept")
-            plan, candidate = self._search.nothing.plan, self._plain
-            if candidate.file_bytes > self._original.file_bytes:
-                candidate = self._original
+    def _judge(self, *outcomes: Outcome) -> Result:
+        """Validate and measure the first; where that does not pay, fall back on the next."""
+        for outcome in outcomes:
+            plan, candidate = outcome.candidate.plan, outcome.candidate.model
+            met, stored = outcome.met, outcome.candidate.stored
+            ladder, benchmark = self._seen(candidate)
+            reason = self._regret(candidate, ladder, benchmark)
+            if not reason:
+                break
+            self._notes.append(f"{reason}; it was not kept")
+        else:
+            self._notes.append("the prepared original was kept")
+            plan = self._search.nothing.plan
+            candidate = min(self._plain, self._original, key=lambda m: m.file_bytes)
             met, stored = self._settings.limits.without_judgement == Limits(), ()
             ladder, benchmark = self._seen(candidate)
         if stored:
@@ -372,7 +377,7 @@ class _Run:
             candidate,
             None if self._samples.holdout.origin == "random" else self._samples.holdout,
             metric=self._metric,
-            threads=self._settings.threads,
+            threads=self._settings.cores,
             allow_larger=self._settings.force or self._settings.emit != "onnx",
             seed=self._settings.seed,
         )

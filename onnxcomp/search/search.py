@@ -152,7 +152,7 @@ class Search:
             self.space,
             self._batches,
             seed=settings.seed,
-            threads=settings.threads,
+            threads=settings.cores,
             progress=self._progress,
             data_aware=settings.data_aware,
         )
@@ -175,7 +175,7 @@ class Search:
             self._batches,
             measured=self._measured,
             seed=settings.seed,
-            threads=settings.threads,
+            threads=settings.cores,
             progress=self._progress,
             data_aware=settings.data_aware,
             store=store,
@@ -255,7 +255,7 @@ class Search:
             losses,
             self._batches,
             seed=self._settings.seed,
-            threads=self._settings.threads,
+            threads=self._settings.cores,
             progress=self._progress_until_deadline,
             data_aware=self._settings.data_aware,
             adapted=self._adapted,
@@ -276,7 +276,7 @@ class Search:
 
     @cached_property
     def _judged(self) -> OutputMeter:
-        facts, threads = self.space.facts, self._settings.threads
+        facts, threads = self.space.facts, self._settings.cores
         return OutputMeter(facts.model, facts.tensors, self._holdout, threads=threads)
 
     def within(self, model: Model, limits: Limits) -> bool:
@@ -316,7 +316,7 @@ class Search:
             trained=settings.tune,
             data_aware=settings.data_aware,
             seed=settings.seed,
-            threads=settings.threads,
+            threads=settings.cores,
             progress=self._progress_until_deadline,
         )
         if settings.emit == "codebook":
@@ -330,12 +330,12 @@ class Search:
 
     def change(self, model: Model) -> float:
         """Return how far a model's raw outputs are from the original's, on the hold-out."""
-        runs = raw_runs(model, self._holdout, threads=self._settings.threads)
+        runs = raw_runs(model, self._holdout, threads=self._settings.cores)
         return self._original_outputs.of(runs)
 
     @cached_property
     def _original_outputs(self) -> OutputError:
-        plain, threads = self.nothing.model, self._settings.threads
+        plain, threads = self.nothing.model, self._settings.cores
         return OutputError(list(raw_runs(plain, self._holdout, threads=threads)))
 
     def describe(self, plan: Plan) -> tuple[tuple[Action, ...], int]:

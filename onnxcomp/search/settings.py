@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from onnxcomp.analysis.target import find_target
 from onnxcomp.errors import ParameterError
+from onnxcomp.kit_script import usable_cores
 from onnxcomp.passes.compress_collaboratively import CompressCollaboratively
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize_jointly import FactorizeJointly
@@ -32,6 +33,7 @@ METHODS = (
 """The lossy passes that share one search; `compress_collaboratively` plans alone."""
 
 _COSTS = {"macs": "multiply-accumulates", "params": "parameters", "size": "bytes"}
+_MOST_THREADS = 8  # of a search; more were never measured
 _LEAST_COST = 1000  # of what is no share; no network asks for less, but a slip does
 
 
@@ -142,7 +144,10 @@ class Settings:
             plan of least predicted time is preferred; 1 asks for the least loss.
         data_aware: Solve in the metric of the samples; otherwise from the weights alone.
         seed: Seed of the split, of sampled positions and of random inputs.
-        threads: Threads of every session and of NumPy, also when latency is measured.
+        threads: Intra-op threads that the model is to run with: those of every latency.
+        search_threads: Threads of all other sessions, and of torch; None = every core that
+            this process may use, eight at most.  NumPy has one: idle threads of BLAS spin,
+            which slows small problems tenfold where other work is on the cores.
         memory: Bytes that activations of the fitting samples may take.
         solver_seconds: Time limit of the knapsack.
         time_limit: Seconds after which the best so far is returned.  Further plans are tried
@@ -167,6 +172,7 @@ class Settings:
     data_aware: bool = True
     seed: int = 0
     threads: int = 1
+    search_threads: int | None = None
     memory: float = 1e9
     solver_seconds: float = 20.0
     time_limit: float | None = None
@@ -203,6 +209,11 @@ class Settings:
             ) from error
 
     @property
+    def cores(self) -> int:
+        """Threads of sessions whose latency is not measured, and of torch."""
+        return self.search_threads or min(usable_cores(), _MOST_THREADS)
+
+    @property
     def shares(self) -> bool:
         """Whether weights take few values, for the form of the written file."""
         packed = self.emit == "onnxc" and self.limits.size is not None
@@ -210,9 +221,10 @@ class Settings:
 
     def _check_numbers(self) -> None:
         """Check that numbers are such, and large enough."""
-        for name, least in (("threads", 1), ("seed", 0)):
+        for name, least in (("threads", 1), ("search_threads", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not (_is_number(value, Integral) and value >= least):
+            free = name == "search_threads" and value is None
+            if not free and not (_is_number(value, Integral) and value >= least):
                 allowed = f"a whole number, at least {least}"
                 raise ParameterError.of("Settings", name, allowed, value)
         if not (_is_number(self.patience) and self.patience >= 1):

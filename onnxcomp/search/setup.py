@@ -219,7 +219,7 @@ def _inverted(
         prepared,
         None if scores is None else scores[0],
         seed=settings.seed,
-        threads=settings.threads,
+        threads=settings.cores,
         memory=settings.memory,
         late=lambda: deadline.passed,
         progress=lambda share: progress("invert images", share),
@@ -266,13 +266,13 @@ def make_search(
     if CompressCollaboratively.name in settings.methods:
         _check_gradients(roles)
         known = roles.plain  # whose labels are known
-    facts = Analysis(work, known, seed=settings.seed, threads=settings.threads)
+    facts = Analysis(work, known, seed=settings.seed, threads=settings.cores)
     adaptation = None
     if roles.given is None and not roles.inverted and settings.data_aware:
-        adaptation = _adapted(prepared, facts, roles.fit, settings.threads, notes)
+        adaptation = _adapted(prepared, facts, roles.fit, settings.cores, notes)
     if adaptation is not None:
         model = adaptation.model
-        facts = Analysis(model, roles.fit, seed=settings.seed, threads=settings.threads)
+        facts = Analysis(model, roles.fit, seed=settings.seed, threads=settings.cores)
     space = _space(facts, settings, adapted=adaptation is not None)
     drifts = settings.limits.drift is not None  # which splits the samples in another way
     fixed = [space.target, drifts, *(getattr(settings, name) for name in _DECISIVE)]

@@ -92,7 +92,7 @@ class Sharing:
         space: The options.
         batches: Fitting samples.
         seed: Seed of the sampled positions.
-        threads: Threads of every session.
+        threads: Batches that are worked on at once.
         progress: Called with a label and the share done.
         data_aware: Solve in the metric of the samples, or from the weights alone.
     """
@@ -234,7 +234,9 @@ class Sharing:
         both = (twins.inputs(linear), twins.targets(linear))
         xs, ys = (apart(batches, measured) for batches in both)
         try:
-            (metric,) = collect_moments(linear, xs, ys, rng, inputs=inputs, outputs=outputs)
+            (metric,) = collect_moments(
+                linear, xs, ys, rng, inputs=inputs, outputs=outputs, threads=self._threads
+            )
         except DataError as error:  # such as a mask of -inf in front of the node
             _log.warning("'%s' takes no common factors: %s", linear.id, error)
             return None

@@ -126,7 +126,7 @@ class Storage:
         trained: Whether levels will be trained: they leave their grid then, in more bytes.
         data_aware: Round in the metric of the samples; otherwise from the weights alone.
         seed: Seed of the sampled positions.
-        threads: Threads of every session.
+        threads: Batches that are worked on at once.
         progress: Called with a label and the share done.
     """
 
@@ -240,9 +240,8 @@ class Storage:
         rng = np.random.default_rng([self._seed, position])
         if self._data_aware and len(self._model.readers[linear.weight]) == 1:
             try:
-                return collect_moments(
-                    linear, twins.inputs(linear), twins.targets(linear), rng
-                )
+                xs, ys = twins.inputs(linear), twins.targets(linear)
+                return collect_moments(linear, xs, ys, rng, threads=self._threads)
             except DataError as error:  # such as a mask of -inf in front of the node
                 _log.warning("'%s' is rounded to the nearest level: %s", linear.id, error)
         kernel = linear.kernel(self._model.weights[linear.weight])

@@ -122,8 +122,8 @@ def tuned(
 
 def _tuning(settings: Settings, *, labels: bool) -> Tuning:
     """Return how a search trains its result."""
-    shared = ("device", "memory", "seed", "threads")
-    return Tuning(labels=labels, **{name: getattr(settings, name) for name in shared})
+    shared = {name: getattr(settings, name) for name in ("device", "memory", "seed")}
+    return Tuning(labels=labels, threads=settings.cores, **shared)
 
 
 def _fit_labels(model: Model, parts: Sequence[Samples]) -> bool:

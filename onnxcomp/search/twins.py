@@ -20,7 +20,7 @@ class Twins:
             `current.set_weight` as they are solved.  While there are none, both streams are
             one.
         keep: Tensors that the compressed network holds to the end.
-        threads: Threads of every session.
+        threads: Batches that are worked on at once.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ structure is written once, at the end.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -97,7 +97,7 @@ class Walk:
         losses: Measured losses, for the order in which channels go.
         batches: Fitting samples.
         seed: Seed of the sampled positions.
-        threads: Threads of every session.
+        threads: Batches that are worked on at once.
         progress: Called with a label and the share done.
         data_aware: Refit every node in the metric of the samples, or change only the nodes
             of the plan, from their weights alone.
@@ -139,6 +139,7 @@ class Walk:
         )
         self._sensitivity = losses.joint.weights
         self._joint: dict[str, Joint] = {}
+        self._threads = threads
         self._twins = Twins(space.facts, batches, weights={}, threads=threads)
         self._solved: dict[str, Solved] = {}
         self._weights: dict[str, Array] = {}
@@ -185,9 +186,8 @@ class Walk:
             return self._solve(site, kernel, alone)
         self._twins.advance(linear)
         xs, targets = self._twins.inputs(linear), self._twins.targets(linear)
-        rng = np.random.default_rng([self._seed, site.position])
         try:
-            metrics = collect_moments(linear, xs, targets, rng, inputs=inputs, outputs=outputs)
+            metrics = self._collected(site, xs, targets)
         except DataError as error:  # such as a mask of -inf in front of the node
             _log.warning("'%s' is not refitted: %s", linear.id, error)
             return self._solve(site, kernel, alone)
@@ -218,13 +218,29 @@ class Walk:
             return np.asarray(np.where(wanted > 0, wanted, np.minimum(found, 0)) - offset)
 
         xs = self._twins.inputs(linear)
-        rng = np.random.default_rng([self._seed, site.position])
-        metrics = collect_moments(
-            linear, xs, both, rng, inputs=site.inputs, outputs=site.outputs, revise=revise
-        )
+        metrics = self._collected(site, xs, both, revise)
         second = self._solve(site, first.kernel, metrics)
         before, after = self._rectified_errors(linear, (first, second), pairs)
         return second if after < before else first
+
+    def _collected(
+        self,
+        site: _Site,
+        xs: Sequence[Array],
+        ys: Sequence[Array],
+        revise: Callable[[Array, Array], Array] | None = None,
+    ) -> tuple[SecondMoments, ...]:
+        """Return the moments of a node, every time of the same positions."""
+        return collect_moments(
+            site.linear,
+            xs,
+            ys,
+            np.random.default_rng([self._seed, site.position]),
+            inputs=site.inputs,
+            outputs=site.outputs,
+            revise=revise,
+            threads=self._threads,
+        )
 
     def _rectified_errors(
         self,
@@ -243,10 +259,9 @@ class Walk:
             }
             total = 0.0
             held = self._twins.current.held()
-            for feed, (wanted, offset) in zip(held[:_CHECKED], pairs, strict=False):
-                every = {**feed, **free}
-                y = session.run({n: every[n] for n in session.input_names})[linear.y]
-                change = np.maximum(y + offset, 0) - np.maximum(wanted + offset, 0)
+            outs = session.run_each({**feed, **free} for feed in held[:_CHECKED])
+            for out, (wanted, offset) in zip(outs, pairs, strict=False):
+                change = np.maximum(out[linear.y] + offset, 0) - np.maximum(wanted + offset, 0)
                 total += float(np.vdot(change, change))
             errors.append(total)
         return errors

@@ -6,6 +6,7 @@ import pytest
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.moments import collect_moments, grouped
+from onnxcomp.errors import DataError
 from onnxcomp.model import Model
 from onnxcomp.numerics.moments import Moments, RowMoments
 from onnxcomp.runtime import Session
@@ -104,6 +105,35 @@ def test_rows_are_bounded_and_seeded():
     assert metrics[0].count == 40_000
     assert np.array_equal(metrics[0].xx, metrics[1].xx)
     assert not np.array_equal(metrics[0].xx, metrics[2].xx)
+
+
+@pytest.mark.parametrize("features", [7, 400])  # sums, and rows as they are
+def test_threads_change_nothing(features):
+    model = one_node("Gemm", (9, features), (5, features), {"transB": 1})
+    linear, xs, ys = run(model, 7)
+    one, three = (
+        collect_moments(linear, xs, ys, np.random.default_rng(0), threads=threads)[0]
+        for threads in (1, 3)
+    )
+    fields = ("xx", "yx", "x_mean") if isinstance(one, Moments) else ("x", "y", "x_mean")
+    assert isinstance(one, RowMoments) is (features == 400)
+    for name in fields:
+        assert np.array_equal(getattr(one, name), getattr(three, name))
+    assert one.count == three.count == 63
+
+
+def test_errors_of_threads_are_raised():
+    model = one_node("Gemm", (9, 7), (5, 7), {"transB": 1})
+    linear, xs, ys = run(model, 7)
+    xs[4][0, 0] = np.nan
+    with pytest.raises(DataError, match="NaN"):
+        collect_moments(linear, xs, ys, np.random.default_rng(0), threads=3)
+    with pytest.raises(ValueError, match="wrong"):
+        collect_moments(linear, xs, ys, np.random.default_rng(0), revise=wrong, threads=3)
+
+
+def wrong(patches, rows):
+    raise ValueError("wrong")
 
 
 def test_rows_grow_with_the_inputs_of_the_map():

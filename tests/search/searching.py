@@ -115,6 +115,7 @@ class Searching:
         *,
         clock: Callable[[Model], float] | None = None,
         metric=None,
+        largest: float = np.inf,
         box: bool = False,
     ) -> Tried:
         kept, notes, times = [], [], []
@@ -130,6 +131,7 @@ class Searching:
             judge=self.judge(metric),
             clock=timed,
             keep=kept.append,
+            largest=largest,
             box=box,
             seed=0,
             notes=notes,

@@ -176,6 +176,22 @@ def test_drift_is_held_and_used(limit):
     assert ends_with_the_best(tried) or candidate.plan.empty
 
 
+def test_files_that_may_not_grow_are_made_smaller():
+    """The fastest plan, whose file is too large, is not the end of it."""
+    limit = 0.02
+    free = drifting(limit).outcome.candidate
+    largest = free.model.file_bytes - 100
+    tried = maps().pursue(Limits(drift=limit), largest=largest)
+    assert tried.outcome.met
+    assert all(model.file_bytes <= largest for model in tried.kept)
+    small = tried.outcome.candidate
+    assert not small.plan.empty
+    assert free.plan.seconds <= small.plan.seconds < 1.2 * free.plan.seconds
+    none = maps().pursue(Limits(drift=limit), largest=1000).outcome
+    assert not none.met
+    assert none.candidate.plan.empty
+
+
 def test_looser_limits_are_never_slower():
     limits = (0.005, 0.02, 0.05, 0.1, 0.2)
     times = [drifting(limit).outcome.candidate.plan.seconds for limit in limits]

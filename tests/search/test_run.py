@@ -18,7 +18,7 @@ from tests.analysis.channel_graphs import Graph
 from tests.graphs import SHARED
 from tests.passes.exact_checks import relative_l2
 from tests.search.cases import CASES, residual
-from tests.search.searching import inputs
+from tests.search.searching import inputs, wide
 from tests.unusual import calling, quantised
 
 QUICK = Settings(latency=False, grid="8")
@@ -69,9 +69,25 @@ def test_the_vendors_model_is_not_changed():
     assert Model.from_proto(model.to_proto()).digest == before
 
 
+def test_latency_has_threads_of_its_own(monkeypatch):
+    opened = set()
+    begin = Session.__init__
+
+    def watched(self, model, *, threads=1, spinning=False, **others):
+        opened.add((threads, spinning))
+        begin(self, model, threads=threads, spinning=spinning, **others)
+
+    monkeypatch.setattr(Session, "__init__", watched)
+    report = run(residual(), replace(QUICK, latency=True, search_threads=2), macs=0.6).report
+    assert report.benchmark.machine.threads == 1
+    assert (2, False) in opened
+    assert {threads for threads, spinning in opened if spinning} == {1}
+
+
 def test_same_seed_same_model():
     model = with_batchnorm()
-    first, second = run(model, macs=0.6), run(model, macs=0.6)
+    one, three = (replace(QUICK, search_threads=threads) for threads in (1, 3))
+    first, second = run(model, one, macs=0.6), run(model, three, macs=0.6)
     assert first.model.digest == second.model.digest
     assert first.plan == second.plan
     other = run(model, replace(QUICK, seed=1), macs=0.6)
@@ -142,6 +158,23 @@ def test_a_slower_result(monkeypatch, grid, force, limits, kept):
     assert result.met is kept
     assert result.plan.empty is not kept
     assert force or any("slower" in note for note in result.report.notes)
+
+
+def test_what_came_before_a_slower_result_is_kept(monkeypatch):
+    verdicts = [True, False]
+    monkeypatch.setattr("onnxcomp.search.run._LATENCY_SECONDS", 0.05)
+    monkeypatch.setattr("onnxcomp.search.run.is_slower", lambda *_: verdicts.pop(0))
+    kept: list[Model] = []
+    model = wide()
+    settings = replace(QUICK, latency=True)
+    result = compress(
+        model, inputs(model, 48), limits=Limits(drift=0.1), settings=settings, keep=kept.append
+    )
+    assert len(kept) > 2  # the input, and two candidates at least
+    assert not verdicts
+    assert result.met
+    assert result.model is kept[-2]
+    assert any("slower" in note and "not kept" in note for note in result.report.notes)
 
 
 def test_a_result_that_fails_validation_is_not_kept(monkeypatch):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from onnxcomp.errors import ParameterError
+from onnxcomp.search import settings as module
 from onnxcomp.search.settings import Limits, Settings
 
 
@@ -15,6 +16,7 @@ from onnxcomp.search.settings import Limits, Settings
         {"grid": "0"},
         {"grid": "fine"},
         {"threads": 0},
+        {"search_threads": 0},
         {"target": "toaster"},
         {"exclude": "("},
         {"time_limit": 0.0},
@@ -33,6 +35,14 @@ from onnxcomp.search.settings import Limits, Settings
 def test_bad_settings(wrong):
     with pytest.raises(ParameterError):
         Settings(**wrong)
+
+
+def test_searches_use_the_cores_there_are(monkeypatch):
+    cores = [5, 30]
+    monkeypatch.setattr(module, "usable_cores", lambda: cores.pop(0))
+    assert Settings(search_threads=3).cores == 3
+    assert Settings().cores == 5
+    assert Settings().cores == 8  # of 30
 
 
 def test_numbers_of_numpy_are_numbers():
