@@ -13,7 +13,7 @@ that the samples hardly move, and new inputs that do move them make the network 
 (arXiv:1808.05517) in the metric of the inputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -128,11 +128,19 @@ def separable(
     found = _sliced(W, S4, multiplicity)
     if S4 is None:
         return found
-    found = _with_pointwise(found, W, S4)
-    best = _error(found, W, S4)
+    seen = np.tensordot(W, S4, 2)
+    energy = float(np.vdot(W, seen))
+
+    def error_of(form: Separable) -> float:
+        bent = _normal(form.pointwise, S4)(form.depthwise)
+        explained = 2 * np.vdot(seen, form.dense()) - np.vdot(form.depthwise, bent)
+        return max(energy - float(explained), 0.0)
+
+    found = _with_pointwise(found, seen, S4)
+    best = error_of(found)
     for _ in range(rounds):
-        other = _with_pointwise(_with_filters(found, W, S4), W, S4)
-        error = _error(other, W, S4)
+        other = _with_pointwise(_with_filters(found, seen, S4), seen, S4)
+        error = error_of(other)
         if error < best:
             found = other
         if error >= best * (1 - _LITTLE):
@@ -166,48 +174,62 @@ def _sliced(W: Array, S4: Array | None, q: int) -> Separable:
     return Separable(U.transpose(0, 2, 1) @ slices, U.transpose(1, 0, 2))
 
 
-def _error(form: Separable, W: Array, S4: Array) -> float:
-    difference = W - form.dense()
-    return float(np.vdot(difference, np.tensordot(difference, S4, 2)))
-
-
-def _with_pointwise(form: Separable, W: Array, S4: Array) -> Separable:
+def _with_pointwise(form: Separable, seen: Array, S4: Array) -> Separable:
     """Return the form with the exact least-squares 1 x 1 behind its filters."""
     D = form.depthwise
     c, q, _ = D.shape
     image = np.einsum("cqk,ckdl->cqdl", D, S4, optimize=True)  # Phi S
     gram = np.einsum("cqdl,dpl->cqdp", image, D, optimize=True).reshape(c * q, c * q)
-    cross = np.einsum("mdl,cqdl->mcq", W, image, optimize=True).reshape(len(W), -1)
-    prior = form.pointwise.reshape(len(W), -1)
+    cross = np.einsum("mck,cqk->mcq", seen, D, optimize=True).reshape(len(seen), -1)
+    prior = form.pointwise.reshape(len(seen), -1)
     P = fit_last(cross, symmetric(gram), prior)
     return Separable(D, P.reshape(form.pointwise.shape))
 
 
-def _with_filters(form: Separable, W: Array, S4: Array) -> Separable:
+def _normal(pointwise: Array, S4: Array) -> Callable[[Array], Array]:
+    """Return the map ``x -> P^T ((P x) S)`` of filters (c, q, k).
+
+    Through ``P^T P``, so that no product is as large as the dense kernel's with S.
+    """
+    m, c, q = pointwise.shape
+    flat = pointwise.reshape(m, c * q)
+    pairs = np.ascontiguousarray((flat.T @ flat).reshape(c * q, c, q).swapaxes(0, 1))
+    rows = S4.reshape(c, S4.shape[1], -1).swapaxes(1, 2)
+
+    def image(x: Array) -> Array:
+        joined = (pairs @ x).swapaxes(0, 1).reshape(c, q, -1)  # of (c, cq, k)
+        return np.asarray(joined @ rows)
+
+    return image
+
+
+def _with_filters(form: Separable, seen: Array, S4: Array) -> Separable:
     """Return the form with filters nearer to the least squares given its 1 x 1.
 
-    The unknown change x of the filters solves ``P^T ((P x) S) = P^T ((W - W') S)`` channel by
-    channel; conjugate gradients, preconditioned with the blocks of single channels.
+    The unknown change x of the filters solves ``P^T ((P x) S) = P^T ((W - W') S)``; conjugate
+    gradients, preconditioned with the blocks of single channels.
+
+    Args:
+        form: Where to start.
+        seen: ``W S``, (m, c, k).
+        S4: The covariance, (c, k, c, k).
     """
     P = form.pointwise
     c, q, k = form.depthwise.shape
-
-    def back(kernel: Array) -> Array:
-        seen = np.tensordot(kernel, S4, 2)
-        return np.asarray(np.einsum("mcq,mck->cqk", P, seen, optimize=True))
-
+    normal = _normal(P, S4)
     gram = np.einsum("mcq,mcp->cqp", P, P, optimize=True)
     blocks = np.einsum("cqp,ckcl->cqkpl", gram, S4, optimize=True).reshape(c, q * k, q * k)
     mean = np.trace(blocks, axis1=1, axis2=2) / (q * k)
     damping = EXACT * np.maximum(mean, EXACT * max(float(mean.max()), EXACT))
     inverse = np.linalg.pinv(blocks + damping[:, None, None] * np.eye(q * k), hermitian=True)
-    slope = rest = back(W - form.dense())
+    wanted = np.einsum("mcq,mck->cqk", P, seen, optimize=True)
+    slope = rest = wanted - normal(form.depthwise)
     step, towards, size = np.zeros_like(rest), np.zeros_like(rest), 1.0
     for _ in range(_CG_STEPS):
         upright = (inverse @ rest.reshape(c, q * k, 1)).reshape(rest.shape)
         before, size = size, float(np.vdot(rest, upright))
         towards = upright + size / before * towards
-        bent = back(_joined(P, towards))
+        bent = normal(towards)
         curvature = float(np.vdot(towards, bent))
         if curvature <= 0:
             break
