@@ -123,8 +123,14 @@ def scatter(
     panel.fill_between(ends, low, high, color="0.93", linewidth=0)
     panel.scatter(x, y, s=14, color="C0")
     if logarithmic:
+        from matplotlib.ticker import LogLocator, NullLocator
+
         panel.set_xscale("log")
         panel.set_yscale("log")
+        for axis in (panel.xaxis, panel.yaxis):  # the default's labels overlap
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter("{x:g}")
     panel.set_xlim(*ends)
     panel.set_ylim(*ends)
     panel.set_xlabel(labels[0])
