@@ -321,9 +321,10 @@ class _Run:
             reason = self._regret(candidate, ladder, benchmark)
             if not reason:
                 break
-            self._notes.append(f"{reason}; it was not kept")
+            if not plan.empty:
+                self._notes.append(f"{reason}; it was not kept")
         else:
-            self._notes.append("the prepared original was kept")
+            self._notes.append("the original was kept")
             plan = self._search.nothing.plan
             candidate = min(self._plain, self._original, key=lambda m: m.file_bytes)
             met, stored = self._settings.limits.without_judgement == Limits(), ()
