@@ -110,11 +110,14 @@ class Session:
         Raises:
             ExecutionError: Onnxruntime fails on one of them.
         """
+        own = ({name: feed[name] for name in self.input_names} for feed in feeds)
+        if self._at_once == 1:
+            yield from map(self.run, own)
+            return
         waiting: deque[Future[dict[str, Array]]] = deque()
         with ThreadPoolExecutor(self._at_once) as pool:
-            for feed in feeds:
-                own = {name: feed[name] for name in self.input_names}
-                waiting.append(pool.submit(self.run, own))
+            for feed in own:
+                waiting.append(pool.submit(self.run, feed))
                 if len(waiting) > self._at_once:
                     yield waiting.popleft().result()
             while waiting:

@@ -77,7 +77,7 @@ def collect_moments(
     with ThreadPoolExecutor(threads) as pool:
         while done < len(xs):  # few at once, as each takes its memory
             these = range(len(xs))[done:][: threads if builders[0].begun else 1]
-            for found in pool.map(parts, these):
+            for found in (pool.map if threads > 1 else map)(parts, these):
                 for builder, part in zip(builders, found, strict=True):
                     builder.merge(part)
             done += len(these)
