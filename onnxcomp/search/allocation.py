@@ -156,7 +156,8 @@ class Allocator:
         slack = np.zeros(len(bound))
         for _ in range(_ROUNDS):
             try:
-                plan, estimate = self._solve(bound + slack, names, assumed, goal)
+                patient = best is None
+                plan, estimate = self._solve(bound + slack, names, assumed, goal, patient)
             except LimitError as error:
                 if best is not None:
                     return best
@@ -208,7 +209,12 @@ class Allocator:
         return np.array(row, np.float64)
 
     def _solve(
-        self, bound: Row, names: Sequence[str], assumed: Mapping[str, int], goal: _Goal
+        self,
+        bound: Row,
+        names: Sequence[str],
+        assumed: Mapping[str, int],
+        goal: _Goal,
+        patient: bool,
     ) -> tuple[Plan, Row]:
         """Solve one programme; return its plan and what it believes the plan costs."""
         domains = {
@@ -235,7 +241,7 @@ class Allocator:
         tables = [table.table(goal.column) for table in [*rows, rest]]
         sizes = [len(domains[n]) for n in names]
         sizes += [len(choices) for choices in self._tables.choices.values()]
-        found = self._allocate(sizes, tables, np.array([goal.loss, *bound]))
+        found = self._allocate(sizes, tables, np.array([goal.loss, *bound]), patient)
         widths = {
             name: domains[name][value]
             for name, value in zip(names, found.values, strict=False)
@@ -248,13 +254,15 @@ class Allocator:
         return self._plan(widths, forms, float(found.costs[0])), found.costs[1:]
 
     def _allocate(
-        self, sizes: Sequence[int], tables: Sequence[Table], limits: Row
+        self, sizes: Sequence[int], tables: Sequence[Table], limits: Row, patient: bool
     ) -> Allocation:
-        """Solve, with more time where it ended before anything was found."""
+        """Solve; with patience, in more time where it ended before anything was found."""
         seconds = self._time_limit_s
         try:
             return allocate(sizes, tables, limits, time_limit_s=seconds, relative_gap=_GAP)
         except SolverTimeoutError:
+            if not patient:
+                raise
             seconds *= _PATIENT
             return allocate(sizes, tables, limits, time_limit_s=seconds, relative_gap=_GAP)
 
