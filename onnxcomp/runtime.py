@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import mmap
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import onnxruntime as ort
 
 from onnxcomp.errors import ExecutionError
 from onnxcomp.model import Array, Model, Value, extract, fill
+from onnxcomp.parallel import ordered_map
 
 _SMALL_ELEMENTS = 256
 _SEGMENT_BYTES = 128 * 2**20
@@ -111,17 +110,7 @@ class Session:
             ExecutionError: Onnxruntime fails on one of them.
         """
         own = ({name: feed[name] for name in self.input_names} for feed in feeds)
-        if self._at_once == 1:
-            yield from map(self.run, own)
-            return
-        waiting: deque[Future[dict[str, Array]]] = deque()
-        with ThreadPoolExecutor(self._at_once) as pool:
-            for feed in own:
-                waiting.append(pool.submit(self.run, feed))
-                if len(waiting) > self._at_once:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        yield from ordered_map(self.run, own, at_once=self._at_once)
 
 
 def open_file(

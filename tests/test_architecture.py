@@ -34,6 +34,7 @@ LAYERS = [
         "outline",
         "draft",
         "deadline",
+        "parallel",
         "loading",
     },
     {"runtime", "sandbox", "sandbox_child", "drift", "metrics"},

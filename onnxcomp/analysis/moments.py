@@ -8,14 +8,15 @@ rows instead of their Gram matrix.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.model import Array
-from onnxcomp.numerics.moments import Moments, MomentsBuilder, RowMoments, Sums
+from onnxcomp.numerics.moments import Moments, MomentsBuilder, RowMoments
+from onnxcomp.parallel import ordered_map
 
 _ROWS_PER_INPUT = 80
 _MIN_ROWS = 40_000
@@ -23,7 +24,6 @@ _MAX_DENSE = 8_192
 _MAX_KEPT_ROWS = 8_192
 Index = npt.NDArray[np.int64]
 SecondMoments = Moments | RowMoments
-_Parts = list[Sums] | tuple[Array, Array]  # sums of a batch's rows, or the rows
 
 
 def collect_moments(
@@ -59,10 +59,12 @@ def collect_moments(
     rows = min(max(_ROWS_PER_INPUT * d, _MIN_ROWS), available)
     dual = d > _MAX_DENSE or rows < d // 2
     rows = min(rows, _MAX_KEPT_ROWS) if dual else rows
-    builders = [_Builder(len(c) * linear.spatial, len(m), dual) for c, m in groups]
+    builders = [
+        _Rows() if dual else MomentsBuilder(len(c) * linear.spatial, len(m)) for c, m in groups
+    ]
     batches = list(zip(xs, ys, rng.spawn(len(xs)), strict=True))
 
-    def parts(index: int) -> list[_Parts]:
+    def summed(index: int) -> list[Callable[[], None]]:
         share = rows * (index + 1) // len(xs) - rows * index // len(xs)
         patches, targets = linear.patches(*batches[index][:2], share, batches[index][2])
         if revise is not None:
@@ -70,17 +72,16 @@ def collect_moments(
         found = []
         for builder, (c, m) in zip(builders, groups, strict=True):
             block = patches[:, c] if len(c) < patches.shape[1] else patches
-            found.append(builder.parts(block.reshape(len(patches), -1), targets[:, m]))
+            found.append(builder.summed(block.reshape(len(patches), -1), targets[:, m]))
         return found
 
-    done = 0
-    with ThreadPoolExecutor(threads) as pool:
-        while done < len(xs):  # few at once, as each takes its memory
-            these = range(len(xs))[done:][: threads if builders[0].begun else 1]
-            for found in (pool.map if threads > 1 else map)(parts, these):
-                for builder, part in zip(builders, found, strict=True):
-                    builder.merge(part)
-            done += len(these)
+    left = iter(range(len(xs)))
+    while not builders[0].begun and (index := next(left, None)) is not None:
+        for merge in summed(index):
+            merge()
+    for merges in ordered_map(summed, left, at_once=threads):
+        for merge in merges:
+            merge()
     return tuple(builder.finish() for builder in builders)
 
 
@@ -137,30 +138,17 @@ def grouped(
     return [(c, m) for c, m in pairs if len(c) and len(m)]
 
 
-class _Builder:
-    """Gathers rows as they are, or as sums."""
+class _Rows:
+    """Keeps rows as they are, in the manner of a `MomentsBuilder`."""
 
-    def __init__(self, d: int, m: int, dual: bool) -> None:
-        self._sums = None if dual else MomentsBuilder(d, m)
+    begun = True
+
+    def __init__(self) -> None:
         self._rows: list[tuple[Array, Array]] = []
 
-    @property
-    def begun(self) -> bool:
-        """Whether the mean is known that sums in other threads start from."""
-        return self._sums is None or self._sums.begun
+    def summed(self, x: Array, y: Array) -> Callable[[], None]:
+        return partial(self._rows.append, (x.copy(), y))
 
-    def parts(self, x: Array, y: Array) -> _Parts:
-        return (x.copy(), y) if self._sums is None else self._sums.sums(x, y)
-
-    def merge(self, parts: _Parts) -> None:
-        if isinstance(parts, tuple):
-            self._rows.append(parts)
-        elif self._sums is not None:
-            for part in parts:
-                self._sums.merge(part)
-
-    def finish(self) -> SecondMoments:
-        if self._sums is not None:
-            return self._sums.finish()
+    def finish(self) -> RowMoments:
         x, y = (np.concatenate(part) for part in zip(*self._rows, strict=True))
         return RowMoments.of(x, y)

@@ -56,10 +56,11 @@ Metric = Annotated[
     typer.Option(metavar="NAME", help="top1, psnr, psnr:PEAK, agreement or module:function."),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of what is measured or trained [1].")
+    int | None, typer.Option(min=1, help="Threads of a run, where its time is measured [1].")
 ]
 SearchThreads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of the search [all cores, at most 8].")
+    int | None,
+    typer.Option(min=1, help="Threads of search and training [all cores, at most 8]."),
 ]
 Macs = Annotated[float | None, _limit("--max-macs", "multiply-accumulates per sample")]
 Params = Annotated[float | None, _limit("--max-params", "parameters")]

@@ -19,7 +19,6 @@ from onnxcomp.cli.options import (
     Quiet,
     Resume,
     Seed,
-    Threads,
     TimeLimit,
 )
 from onnxcomp.cli.output import complain, emit, inputs_of, stderr, warn
@@ -74,7 +73,7 @@ def tune(
     resume: Resume = None,
     memory: Memory = None,
     seed: Seed = None,
-    threads: Threads = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch and onnxruntime.")] = 1,
     quiet: Quiet = False,
 ) -> None:
     """Train a compressed model to give what its original gives; needs PyTorch.
@@ -93,7 +92,7 @@ def tune(
         device=device or "cpu",
         memory=memory or Tuning.memory,
         seed=seed or 0,
-        threads=threads or 1,
+        threads=threads,
     )
     check_torch()
     from onnxcomp.bridge.processes import leads

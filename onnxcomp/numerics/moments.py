@@ -9,7 +9,9 @@ Rows of x are input patches (im2col), rows of y the targets. With the centred mo
 dual, for few rows of many columns.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -170,18 +172,6 @@ class Moments:
         return xx
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Sums over one block of rows from which the builder's shift was taken."""
-
-    count: int
-    x: Array
-    y: Array
-    xx: Rows
-    yx: Rows
-    yy: Array
-
-
 class MomentsBuilder:
     """Sums blocks of rows to `Moments`.
 
@@ -210,12 +200,11 @@ class MomentsBuilder:
         Raises:
             ParameterError: the shapes do not fit each other or the builder.
         """
-        for part in self.sums(x, y):
-            self.merge(part)
+        self.summed(x, y)()
 
     @np.errstate(over="ignore", invalid="ignore")  # `finish` refuses what comes of it
-    def sums(self, x: ArrayLike, y: ArrayLike) -> list[Sums]:
-        """Return what `merge` adds for rows; in any thread, once the first have `begun`.
+    def summed(self, x: ArrayLike, y: ArrayLike) -> Callable[[], None]:
+        """Sum rows, in any thread once some have `begun`, and return what adds the sums.
 
         Raises:
             ParameterError: the shapes do not fit each other or the builder.
@@ -229,22 +218,23 @@ class MomentsBuilder:
                 (x.shape, y.shape),
             )
         if not len(x):
-            return []
+            return partial(self._merge, [])
         if self._shift is None:
             self._shift = x.mean(axis=0), y.mean(axis=0)
         x_shift, y_shift = self._shift
         blocks = (slice(i, i + _BLOCK_ROWS) for i in range(0, len(x), _BLOCK_ROWS))
-        return [_sums(x[rows] - x_shift, y[rows] - y_shift) for rows in blocks]
+        sums = [_sums(x[rows] - x_shift, y[rows] - y_shift) for rows in blocks]
+        return partial(self._merge, sums)
 
     @np.errstate(over="ignore", invalid="ignore")
-    def merge(self, part: Sums) -> None:
-        """Add the sums of a block of rows."""
-        self._count += part.count
-        self._x += part.x
-        self._y += part.y
-        self._xx += part.xx
-        self._yx += part.yx
-        self._yy += part.yy
+    def _merge(self, parts: Sequence["_Sums"]) -> None:
+        for part in parts:
+            self._count += part.count
+            self._x += part.x
+            self._y += part.y
+            self._xx += part.xx
+            self._yx += part.yx
+            self._yy += part.yy
 
     def finish(self) -> Moments:
         """Return the moments; S is shrunk by rho = d / (d + rows) where rows < 10 d.
@@ -271,10 +261,22 @@ class MomentsBuilder:
         return Moments(n, x_mean + x_shift, y_mean + y_shift, xx, yx, yy, shrinkage)
 
 
-def _sums(x: Rows, y: Rows) -> Sums:
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over one block of rows, less the builder's shift."""
+
+    count: int
+    x: Array
+    y: Array
+    xx: Rows
+    yx: Rows
+    yy: Array
+
+
+def _sums(x: Rows, y: Rows) -> _Sums:
     yy = np.einsum("nm,nm->m", y, y, dtype=np.float64)
     x_sum, y_sum = (a.sum(axis=0, dtype=np.float64) for a in (x, y))
-    return Sums(len(x), x_sum, y_sum, x.T @ x, y.T @ x, yy)
+    return _Sums(len(x), x_sum, y_sum, x.T @ x, y.T @ x, yy)
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ class Separable:
 
     def dense(self) -> Array:
         """Return the single kernel (m, c, k) that equals both."""
-        return _joined(self.pointwise, self.depthwise)
+        subscripts = "mcq,cqk->mck"
+        return np.asarray(np.einsum(subscripts, self.pointwise, self.depthwise, optimize=True))
 
 
 def separable(
@@ -147,11 +148,6 @@ def separable(
             break
         best = error
     return _balanced(found)
-
-
-def _joined(pointwise: Array, depthwise: Array) -> Array:
-    """Return the kernel (m, c, k) of filters (c, q, k) and the 1 x 1 (m, c, q) behind."""
-    return np.asarray(np.einsum("mcq,cqk->mck", pointwise, depthwise, optimize=True))
 
 
 def _sliced(W: Array, S4: Array | None, q: int) -> Separable:

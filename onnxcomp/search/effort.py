@@ -22,8 +22,8 @@ _LEAST_MEASURED = 32
 _MEASURED_MACS = 40 * 10**12
 _RUNS = 5  # of the whole network, for the options of one node
 _BATCH = 32
-_SMALL_BATCH = 4
-_AT_ONCE = 4
+_BATCHES = 4  # at least, as batches are what runs side by side
+_SMALL_BATCH = 4  # below it a run costs more than its samples
 _STATE_BYTES = 8  # of a live float32, in both networks of the walk
 _MEASURING_SHARE = 0.3  # of a time limit, for runs of the network that measure losses
 _FITTING_SHARE = 0.2  # of it, for runs on all samples that are fitted on
@@ -123,7 +123,7 @@ def apart(batches: Sequence[_T], measured: int) -> Sequence[_T]:
 def feeds(facts: Analysis, samples: Samples) -> list[Feeds]:
     """Return samples as feeds of at most 32, few of them as a few to be run at once."""
     inputs = facts.model.signature.inputs
-    wanted = min(max(math.ceil(samples.count / _AT_ONCE), _SMALL_BATCH), _BATCH)
+    wanted = min(max(math.ceil(samples.count / _BATCHES), _SMALL_BATCH), _BATCH)
     size = usable_batch([Session(facts.model)], inputs, samples, wanted)
     return [batch.feed for batch in samples.batches(inputs, size)]
 

@@ -218,7 +218,7 @@ class _Run:
     def _pursuit(self, limits: Limits, keep: Keep) -> Pursuit:
         settings, clock = self._settings, self._clock
         grows = settings.force or settings.emit != "onnx"
-        whole = max(m.file_bytes for m in (self._original, self._search.nothing.model))
+        whole = max(m.file_bytes for m in (self._original, self._plain))
         return Pursuit(
             self._search,
             limits,

@@ -122,8 +122,13 @@ def tuned(
 
 def _tuning(settings: Settings, *, labels: bool) -> Tuning:
     """Return how a search trains its result."""
-    shared = {name: getattr(settings, name) for name in ("device", "memory", "seed")}
-    return Tuning(labels=labels, threads=settings.cores, **shared)
+    return Tuning(
+        labels=labels,
+        threads=settings.cores,
+        device=settings.device,
+        memory=settings.memory,
+        seed=settings.seed,
+    )
 
 
 def _fit_labels(model: Model, parts: Sequence[Samples]) -> bool:

@@ -206,3 +206,16 @@ def test_a_programme_that_found_nothing_in_time_gets_more(monkeypatch):
     assert Allocator(tiny().space, drawn(0), time_limit_s=7.0).choose(limits) == wanted
     assert seconds[:2] == [7.0, 35.0]
     assert set(seconds[2:]) <= {7.0}
+
+
+def test_a_better_plan_that_is_not_found_in_time_gets_no_more(monkeypatch):
+    seconds = []
+
+    def slow(*args: object, time_limit_s: float, **options: object) -> Allocation:
+        seconds.append(time_limit_s)
+        raise SolverTimeoutError("too slow")
+
+    monkeypatch.setattr("onnxcomp.search.allocation.allocate", slow)
+    allocator = Allocator(tiny().space, drawn(0), time_limit_s=7.0)
+    assert allocator.fastest(np.inf, Limits()).empty  # within the limits from the start
+    assert seconds == [7.0]

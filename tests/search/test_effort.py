@@ -11,7 +11,7 @@ from onnxcomp.deadline import Deadline
 from onnxcomp.model import Model
 from onnxcomp.samples import Samples
 from onnxcomp.search import effort as subject
-from onnxcomp.search.effort import Effort, apart, find_effort, fitting_feeds
+from onnxcomp.search.effort import Effort, apart, feeds, find_effort, fitting_feeds
 from onnxcomp.search.setup import assign_samples
 from onnxcomp.search.store import Store
 from tests.search.searching import QUICK, inputs, wide
@@ -146,3 +146,13 @@ def test_a_declared_batch_is_not_shared_by_both_sides():
     feeds, leading = fitting_feeds(facts, samples, Effort(20, 6), sources=20)
     assert firsts(feeds[:leading]) == set(range(6))
     assert firsts(apart(feeds, leading)) == set(range(6, 20))
+
+
+@pytest.mark.parametrize(
+    ("count", "batches"),
+    [(3, [3]), (8, [4, 4]), (36, [9] * 4), (100, [25] * 4), (COUNT, [32] * 6 + [8])],
+)
+def test_few_samples_are_as_many_batches_as_run_side_by_side(count, batches):
+    samples = Samples(inputs(MODEL, COUNT)).take(range(count))
+    made = feeds(Analysis(MODEL, samples), samples)
+    assert [len(feed["x"]) for feed in made] == batches
