@@ -230,7 +230,9 @@ class _Programme:
             constraints=LinearConstraint(
                 vstack(matrix, format="csr"), np.concatenate(lower), np.concatenate(upper)
             ),
-            options={"time_limit": seconds, "mip_rel_gap": gap},
+            # presolve compares columns pairwise, for longer than the programme takes without,
+            # and does not look at the clock
+            options={"time_limit": seconds, "mip_rel_gap": gap, "presolve": False},
         )
 
     def read(self, solution: Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
