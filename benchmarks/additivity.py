@@ -35,7 +35,8 @@ from onnxcomp.model import Model, extract
 from onnxcomp.passes.working import prepare, working_model
 from onnxcomp.runtime import Session
 from onnxcomp.search.allocation import Allocator
-from onnxcomp.search.losses import Losses, LossMeter
+from onnxcomp.search.loss_meter import LossMeter
+from onnxcomp.search.losses import Losses
 from onnxcomp.search.outputs import OutputError
 from onnxcomp.search.settings import Limits
 from onnxcomp.search.space import Plan, Space

@@ -30,7 +30,8 @@ from onnxcomp.passes.chains import kernel_shape4
 from onnxcomp.passes.factorize import Factorize, chain
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.passes.working import finish, prepare, working_model
-from onnxcomp.search.losses import Losses, LossMeter
+from onnxcomp.search.loss_meter import LossMeter
+from onnxcomp.search.losses import Losses
 from onnxcomp.search.space import Plan, Space
 from onnxcomp.search.walk import Walk
 

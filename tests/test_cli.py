@@ -380,7 +380,7 @@ def test_interrupted_search_writes_the_best_so_far(monkeypatch, quick, tmp_path)
     def interrupt(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("onnxcomp.search.losses.LossMeter.run", interrupt)
+    monkeypatch.setattr("onnxcomp.search.loss_meter.LossMeter.run", interrupt)
     out = tmp_path / "small.onnx"
     result = call("compress", DIGITS, "-o", out, "--max-macs", "0.5", *quick, code=130)
     assert f"interrupted; the best so far is in {out}" in result.stderr

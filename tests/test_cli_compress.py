@@ -19,7 +19,7 @@ from onnxcomp.cli import compress as module
 from onnxcomp.errors import DataError
 from onnxcomp.opening import open_model
 from onnxcomp.recipe import load_recipe, resolve
-from onnxcomp.search.losses import LossMeter
+from onnxcomp.search.loss_meter import LossMeter
 from onnxcomp.search.pursuit import Pursuit
 from onnxcomp.search.settings import Limits, Settings
 from tests.search.searching import inputs, wide

@@ -1,6 +1,6 @@
 """Few measurements of something that grows with a quantity that is known exactly."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -59,25 +59,27 @@ def log_spaced(values: ArrayLike, count: int) -> NDArray[np.intp]:
     return np.unique(np.abs(np.log(each[:, None] / wanted)).argmin(axis=0))
 
 
-def interpolated(
-    errors: Mapping[T, float], loss: Callable[[T], float], *, count: int
-) -> dict[T, float]:
-    """Measure the loss of a few options and interpolate log loss over log error.
+def spread(errors: Mapping[T, float], count: int) -> list[T]:
+    """Return a few options to measure, evenly spaced by their closed-form error, ascending."""
+    ranked = sorted(errors, key=lambda o: errors[o])
+    picks = np.unique(np.linspace(0, len(ranked) - 1, count).round().astype(int))
+    return [ranked[i] for i in picks]
+
+
+def interpolated(errors: Mapping[T, float], measured: Mapping[T, float]) -> dict[T, float]:
+    """Interpolate log loss over log error.
 
     Args:
         errors: Closed-form error of every option.
-        loss: Measures one option; infinite where it cannot be had.
-        count: Options to measure, evenly spaced by their error.
+        measured: Loss of some, ascending by their error; infinite where it cannot be had.
 
     Returns:
         A loss for every option: as measured, and between those never falling as the error
         grows.  Options of larger error than every one of finite loss are left out.
     """
+    known = {option: lost for option, lost in measured.items() if np.isfinite(lost)}
+    tiny = max(_FLOOR * max(known.values(), default=0.0), _TINY)
+    known = {option: max(lost, tiny) for option, lost in known.items()}
+    curve = Curve(np.array([errors[o] for o in known]), np.array([*known.values()]))
     ranked = sorted(errors, key=lambda o: errors[o])
-    picks = np.unique(np.linspace(0, len(ranked) - 1, count).round().astype(int))
-    measured = {ranked[i]: loss(ranked[i]) for i in picks}
-    measured = {option: lost for option, lost in measured.items() if np.isfinite(lost)}
-    tiny = max(_FLOOR * max(measured.values(), default=0.0), _TINY)
-    measured = {option: max(lost, tiny) for option, lost in measured.items()}
-    curve = Curve(np.array([errors[o] for o in measured]), np.array([*measured.values()]))
-    return {o: curve.at(errors[o]) for o in ranked if errors[o] <= curve.top} | measured
+    return {o: curve.at(errors[o]) for o in ranked if errors[o] <= curve.top} | known

@@ -106,19 +106,20 @@ def eliminate(
 class _State:
     """One reader during the elimination, its columns ordered channel by channel.
 
-    The inverse is kept as ``H - V V^T``: a removal appends k columns to V, and V joins H every
+    The inverse is kept as ``H - V V^T``: a removal fills k columns of V, and V joins H every
     `_DELAY` removals, when the removed columns are dropped as well. The diagonal blocks of the
-    inverse and the Gram blocks of W are always current.
+    inverse and W, of shape (d, m) here, are always current.
     """
 
     def __init__(self, W: Array, H: Array, channels: int, k: int, weight: float) -> None:
-        self._W = W
+        self._W = np.ascontiguousarray(W.T)
         self._H = H
         self._k = k
         self._weight = weight
         self._alive = np.arange(channels)  # channel of every stored block
         self._gone = np.zeros(channels, bool)  # by stored block
-        self._V = np.empty((len(H), 0))
+        self._V = np.empty((len(H), _DELAY * k))
+        self._filled = 0  # columns of V
         blocks = np.arange(channels * k).reshape(channels, k)
         self._diagonal = H[blocks[:, :, None], blocks[:, None, :]]
         self._channels = channels
@@ -128,7 +129,7 @@ class _State:
         n, k = len(self._alive), self._k
         diagonal = self._diagonal.copy()
         diagonal[self._gone] = np.eye(k)
-        blocks = self._W[:, : n * k].reshape(-1, n, k).transpose(1, 2, 0)
+        blocks = self._W[: n * k].reshape(n, k, -1)
         gram = blocks @ blocks.transpose(0, 2, 1)
         costs = np.zeros(self._channels)
         costs[self._alive] = np.einsum("ckl,clk->c", np.linalg.inv(diagonal), gram)
@@ -139,7 +140,8 @@ class _State:
         n, k = len(self._alive), self._k
         at = int(np.searchsorted(self._alive, channel))
         block = slice(at * k, at * k + k)
-        rows = self._H[block] - self._V[block] @ self._V.T
+        V = self._V[:, : self._filled]
+        rows = self._H[block] - V[block] @ V.T
         try:
             root = np.linalg.cholesky(self._diagonal[at])
         except np.linalg.LinAlgError as error:
@@ -148,12 +150,13 @@ class _State:
                 " to linear combinations of others; raise the damping"
             ) from error
         update = np.linalg.solve(root, rows).T  # rows^T (H_gg)^-1 rows = update update^T
-        self._W -= np.linalg.solve(root, self._W[:, block].T).T @ update.T
-        self._V = np.concatenate([self._V, update], axis=1)
+        self._W -= update @ np.linalg.solve(root, self._W[block])
+        self._V[:, self._filled : self._filled + k] = update
+        self._filled += k
         parts = update[: n * k].reshape(n, k, k)
         self._diagonal -= parts @ parts.transpose(0, 2, 1)
         self._gone[at] = True
-        if self._V.shape[1] >= _DELAY * k:
+        if self._filled == self._V.shape[1]:
             self._flush()
 
     def _flush(self) -> None:
@@ -162,11 +165,12 @@ class _State:
         V = self._V[stay]
         self._H = self._H[np.ix_(stay, stay)]
         self._H -= V @ V.T
-        self._W = np.ascontiguousarray(self._W[:, stay])
+        self._W = self._W[stay]
         self._diagonal = self._diagonal[~self._gone]
         self._alive = self._alive[~self._gone]
         self._gone = np.zeros(len(self._alive), bool)
-        self._V = np.empty((len(self._H), 0))
+        self._V = np.empty((len(self._H), _DELAY * k))
+        self._filled = 0
 
 
 def _state(reader: Reader, channels: int, damping: float) -> _State:

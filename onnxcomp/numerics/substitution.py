@@ -27,7 +27,7 @@ Array: TypeAlias = NDArray[np.float64]
 
 ROUNDS = 8
 DAMPING = 1e-2  # of the mean variance of an input
-_LITTLE = 1e-3  # relative gain of a round that ends the rounds
+_LITTLE = 5e-3  # relative gain of a round that ends the rounds
 _CG_STEPS = 12
 _CG_TOLERANCE = 1e-3
 

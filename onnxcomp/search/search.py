@@ -21,7 +21,8 @@ from onnxcomp.report import Action
 from onnxcomp.search.actions import describe
 from onnxcomp.search.adaptation import Adapted
 from onnxcomp.search.allocation import Allocator
-from onnxcomp.search.losses import Losses, LossMeter
+from onnxcomp.search.loss_meter import LossMeter
+from onnxcomp.search.losses import Losses
 from onnxcomp.search.outputs import OutputError, OutputMeter, raw_runs
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.sharing import JointLosses, Sharing

@@ -1,11 +1,11 @@
 """Weights on uniform grids so that the packed file is within a limit and the loss least.
 
 Every weight gets one step size.  What a step costs in accuracy is measured as every other loss
-is (`search.losses`): the weight is rounded, all else stays, and the raw outputs are compared;
-a few steps are measured, the others interpolated over the closed-form error of the rounding.
-One price of a bit, found by bisection, then gives the steps; a walk front to back refits each
-node on the compressed network's own inputs, rounds it with compensation and sets its bias; and
-since only the file tells its size, the walk is repeated until the file fits.
+is (`search.loss_meter`): the weight is rounded, all else stays, and the raw outputs are
+compared; a few steps are measured, the others interpolated over the closed-form error of the
+rounding.  One price of a bit, found by bisection, then gives the steps; a walk front to back
+refits each node on the compressed network's own inputs, rounds it with compensation and sets
+its bias; and since only the file tells its size, the walk is repeated until the file fits.
 """
 
 from __future__ import annotations

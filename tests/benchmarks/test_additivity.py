@@ -11,7 +11,7 @@ from onnxcomp.analysis import Analysis
 from onnxcomp.passes.working import prepare, working_model
 from onnxcomp.samples import as_samples
 from onnxcomp.search.allocation import Allocator
-from onnxcomp.search.losses import LossMeter
+from onnxcomp.search.loss_meter import LossMeter
 from onnxcomp.search.settings import Limits
 
 COUNT = 32

@@ -1,11 +1,19 @@
 """A few measurements stand for all: as measured, between them never falling, with a floor."""
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxcomp.numerics.interpolation import Curve, interpolated, log_spaced
+from onnxcomp.numerics.interpolation import Curve, interpolated, log_spaced, spread
+
+
+def found_of(
+    errors: Mapping[int, float], loss: Callable[[int], float], *, count: int
+) -> dict[int, float]:
+    return interpolated(errors, {option: loss(option) for option in spread(errors, count)})
 
 
 def test_few_are_measured():
@@ -16,7 +24,7 @@ def test_few_are_measured():
         calls.append(option)
         return 0.01 * errors[option]
 
-    found = interpolated(errors, loss, count=4)
+    found = found_of(errors, loss, count=4)
     assert calls == [0, 6, 13, 19]
     assert list(found) == list(range(20))
     values = [found[n] for n in range(20)]
@@ -26,14 +34,14 @@ def test_few_are_measured():
 
 def test_all_are_measured_where_there_are_few():
     errors = {n: float(n + 1) for n in range(3)}
-    assert interpolated(errors, lambda n: 1.0 + n, count=10) == {0: 1.0, 1: 2.0, 2: 3.0}
+    assert found_of(errors, lambda n: 1.0 + n, count=10) == {0: 1.0, 1: 2.0, 2: 3.0}
 
 
 def test_where_measurements_fall():
     """Measured losses stay as measured; those between them never fall."""
     errors = {n: float(n + 1) for n in range(10)}
     measured = {0: 1.0, 3: 3.0, 6: 2.0, 9: 4.0}
-    found = interpolated(errors, measured.__getitem__, count=4)
+    found = found_of(errors, measured.__getitem__, count=4)
     assert {n: found[n] for n in measured} == measured
     between = [found[n] for n in range(10) if n not in measured]
     assert between == sorted(between)
@@ -42,20 +50,20 @@ def test_where_measurements_fall():
 
 def test_options_that_overflow_are_left_out():
     errors = {n: float(n + 1) for n in range(10)}
-    found = interpolated(errors, lambda n: np.inf if n > 5 else 1.0 + n, count=4)
+    found = found_of(errors, lambda n: np.inf if n > 5 else 1.0 + n, count=4)
     assert sorted(found) == [0, 1, 2, 3]
-    assert interpolated(errors, lambda _: np.inf, count=4) == {}
+    assert found_of(errors, lambda _: np.inf, count=4) == {}
 
 
 @pytest.mark.parametrize("least", [1e-9, 0.0, -0.1])
 def test_what_is_less_than_noise_counts_as_noise(least):
     """A thousandth of the largest: a loss in place may come out as 0, or below."""
-    found = interpolated({0: 1.0, 1: 2.0, 2: 4.0}, {0: least, 1: 0.5, 2: 1.0}.get, count=3)
+    found = found_of({0: 1.0, 1: 2.0, 2: 4.0}, {0: least, 1: 0.5, 2: 1.0}.get, count=3)
     assert found == {0: 1e-3, 1: 0.5, 2: 1.0}
 
 
 def test_nothing_but_noise_is_next_to_nothing():
-    found = interpolated({0: 1.0, 1: 2.0}, {0: -1.0, 1: 0.0}.get, count=2)
+    found = found_of({0: 1.0, 1: 2.0}, {0: -1.0, 1: 0.0}.get, count=2)
     assert set(found) == {0, 1}
     assert all(0 < lost <= 1e-30 for lost in found.values())
 
@@ -75,7 +83,7 @@ def test_losses_are_positive_and_between_their_neighbours(errors, count, random)
         measured.append(option)
         return losses[option]
 
-    found = interpolated(errors, loss, count=count)
+    found = found_of(errors, loss, count=count)
     assert found.keys() == errors.keys()
     assert len(measured) <= count
     floor = 1e-3 * max(losses[option] for option in measured)

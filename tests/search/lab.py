@@ -16,7 +16,8 @@ from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.passes.working import prepare, working_model
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples
-from onnxcomp.search.losses import Losses, LossMeter
+from onnxcomp.search.loss_meter import LossMeter
+from onnxcomp.search.losses import Losses
 from onnxcomp.search.outputs import OutputMeter
 from onnxcomp.search.space import Plan, Space, fits
 from onnxcomp.search.walk import Walk

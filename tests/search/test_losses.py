@@ -12,7 +12,7 @@ from onnxcomp.passes.base import Option
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.runtime import Session, with_outputs
-from onnxcomp.search import losses as module
+from onnxcomp.search import loss_meter as module
 from onnxcomp.search.outputs import OutputError
 from onnxcomp.search.refits import like_bias, solve_dense
 from tests.analysis.channel_graphs import Graph

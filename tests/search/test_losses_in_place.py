@@ -10,8 +10,9 @@ from onnxcomp.analysis.moments import collect_moments
 from onnxcomp.deadline import Deadline
 from onnxcomp.model import Model
 from onnxcomp.passes.factorize import Factorize
-from onnxcomp.search import losses as module
-from onnxcomp.search.losses import Losses, LossMeter
+from onnxcomp.search import loss_meter as module
+from onnxcomp.search.loss_meter import LossMeter
+from onnxcomp.search.losses import Losses
 from onnxcomp.search.refits import like_bias, solve_dense
 from onnxcomp.search.space import Plan
 from onnxcomp.search.store import Store

@@ -27,7 +27,7 @@ QUICK = Settings(latency=False, grid="8")
 @pytest.fixture(autouse=True)
 def _few_are_measured(monkeypatch):
     """Two options of a node instead of four, which halves the time of these tests."""
-    monkeypatch.setattr("onnxcomp.search.losses._MEASURED", 2)
+    monkeypatch.setattr("onnxcomp.search.loss_meter._MEASURED", 2)
 
 
 def run(model: Model, settings: Settings = QUICK, **limits: float) -> Result:

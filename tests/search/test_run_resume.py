@@ -20,7 +20,7 @@ from onnxcomp.runtime import Session
 from onnxcomp.samples import Samples
 from onnxcomp.search import setup
 from onnxcomp.search.judge import Judge, Look
-from onnxcomp.search.losses import LossMeter
+from onnxcomp.search.loss_meter import LossMeter
 from onnxcomp.search.run import Result, compress
 from onnxcomp.search.settings import Limits, Settings
 from onnxcomp.search.walk import Walk

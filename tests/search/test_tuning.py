@@ -27,7 +27,7 @@ TUNED = replace(PLAIN, tune=True)
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch) -> None:
-    monkeypatch.setattr("onnxcomp.search.losses._MEASURED", 2)
+    monkeypatch.setattr("onnxcomp.search.loss_meter._MEASURED", 2)
     monkeypatch.setattr(tuning, "_SECONDS", None)  # 20 epochs, however slow this machine is
 
 
