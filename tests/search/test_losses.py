@@ -6,13 +6,16 @@ import pytest
 from onnxcomp.analysis import Analysis
 from onnxcomp.analysis.moments import collect_moments
 from onnxcomp.analysis.outputs import raw_outputs
+from onnxcomp.deadline import Deadline
 from onnxcomp.errors import UnsupportedModelError
 from onnxcomp.model import Model
 from onnxcomp.passes.base import Option
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.remove_channels import RemoveChannels
+from onnxcomp.passes.substitute_operators import SubstituteOperators
 from onnxcomp.runtime import Session, with_outputs
 from onnxcomp.search import loss_meter as module
+from onnxcomp.search.losses import LATE
 from onnxcomp.search.outputs import OutputError
 from onnxcomp.search.refits import like_bias, solve_dense
 from tests.analysis.channel_graphs import Graph
@@ -22,6 +25,7 @@ from tests.search.cases import CASES, fully_connected, twins, two_heads
 from tests.search.lab import SEED, Lab, known
 
 TOLERANCE = 1e-4  # relative, of a loss
+KINDS = (RemoveChannels, Factorize, SubstituteOperators)
 FLOOR = 1e-3  # of the largest measured loss of a node or group; less counts as so much
 
 
@@ -166,3 +170,22 @@ def test_models_without_floats_are_refused():
 def test_shared_weights_with_shared_biases_are_measured():
     lab = Lab.of(twins())
     assert lab.losses().widths
+
+
+@pytest.mark.parametrize("name", ["residual", "fully_connected", "channels_last", "two_heads"])
+def test_losses_do_not_depend_on_the_number_of_threads(name):
+    lab = Lab.of(CASES[name](), kinds=KINDS, step=4)
+    one, several = lab.meter(threads=1).run(), lab.meter(threads=3).run()
+    assert several.forms == one.forms
+    assert several.widths == one.widths
+    assert several.refusals == one.refusals
+    orders = {group: found.order.tolist() for group, found in one.orders.items()}
+    assert {group: found.order.tolist() for group, found in several.orders.items()} == orders
+
+
+def test_a_node_and_its_group_of_the_same_name_are_both_refused():
+    lab = Lab.of(CASES["residual"](), step=4)
+    assert set(lab.space.forms) & set(lab.space.widths)
+    refusals = lab.meter(deadline=Deadline(0)).run().refusals
+    assert len(refusals) == len(lab.space.forms) + len(lab.space.widths)
+    assert {refusal.reason for refusal in refusals} == {LATE}
