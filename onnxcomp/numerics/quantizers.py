@@ -210,8 +210,8 @@ def _cells(centroids: Array, bits: Array) -> tuple[Array, NDArray[np.intp]]:
         return float(0.5 * (centroids[a] + centroids[b]) + 0.5 * (bits[b] - bits[a]) / gap)
 
     for index in range(len(centroids)):
-        if live and centroids[index] == centroids[live[-1]]:
-            continue
+        if live and centroids[index] <= centroids[live[-1]]:
+            continue  # equal values, which the prefix sums round to either side
         while bounds and crossing(live[-1], index) <= bounds[-1]:
             live.pop()
             bounds.pop()
