@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcomp.analysis.linear import Linear
+from onnxcomp.deadline import Deadline
 from onnxcomp.errors import LimitError
 from onnxcomp.numerics.knapsack import Allocation, SolverTimeoutError, Table, allocate
 from onnxcomp.passes.base import Option
@@ -63,7 +64,8 @@ class Allocator:
         Args:
             space: The options.
             losses: Their losses.
-            time_limit_s: Time limit of one programme.
+            time_limit_s: Time limit of the first programme, and of all that look for better
+                plans together.
             patience: Factor of the least loss up to which a plan may be preferred for its
                 predicted time; 1 asks for the least loss.
         """
@@ -97,15 +99,16 @@ class Allocator:
         names, best = lone, self._attempt(bound, lone, _Goal())
         if best is not None and rough:
             return best
+        spare = Deadline(self._time_limit_s)
         every = self._promising(np.inf if best is None else best.loss)
         if len(every) > len(lone) or best is None:
             goal = _Goal(loss=np.inf if best is None else best.loss)
-            found = self._approach(bound, every, goal, best)
+            found = self._approach(bound, every, goal, best, spare.share(0.5))
             if best is None or found.loss < best.loss:
                 names, best = every, found
         if self._patience > 1.0 and np.isinf(seconds):
             goal = _Goal(_SECONDS, best.loss * self._patience)
-            best = self._approach(bound, names, goal, best)
+            best = self._approach(bound, names, goal, best, spare)
         return best
 
     def fastest(self, loss: float, limits: Limits) -> Plan:
@@ -118,7 +121,8 @@ class Allocator:
         nothing = self._plan({}, {}, 0.0)
         fits = (self._measure(nothing) <= bound).all()
         goal = _Goal(_SECONDS, loss)
-        return self._approach(bound, self._promising(loss), goal, nothing if fits else None)
+        names, best = self._promising(loss), nothing if fits else None
+        return self._approach(bound, names, goal, best, Deadline(self._time_limit_s))
 
     def _promising(self, loss: float) -> list[str]:
         """Return the groups with a single reader, and those that alone lose less."""
@@ -131,12 +135,17 @@ class Allocator:
 
     def _attempt(self, bound: Row, names: Sequence[str], goal: _Goal) -> Plan | None:
         try:
-            return self._approach(bound, names, goal, None)
+            return self._approach(bound, names, goal, None, Deadline(self._time_limit_s))
         except LimitError:
             return None
 
     def _approach(
-        self, bound: Row, names: Sequence[str], goal: _Goal, best: Plan | None
+        self,
+        bound: Row,
+        names: Sequence[str],
+        goal: _Goal,
+        best: Plan | None,
+        deadline: Deadline,
     ) -> Plan:
         """Solve until the exact cost of the plan is within the limits, too.
 
@@ -148,6 +157,7 @@ class Allocator:
             names: Groups that may change.
             goal: What to minimise.
             best: A plan within the limits to improve on.
+            deadline: When to leave it at the best plan, once there is one.
 
         Raises:
             LimitError: There is no plan, and `best` is None.
@@ -155,9 +165,11 @@ class Allocator:
         assumed: dict[str, int] = {}
         slack = np.zeros(len(bound))
         for _ in range(_ROUNDS):
+            if best is not None and deadline.passed:
+                return best
+            left = None if best is None else deadline.left
             try:
-                patient = best is None
-                plan, estimate = self._solve(bound + slack, names, assumed, goal, patient)
+                plan, estimate = self._solve(bound + slack, names, assumed, goal, left)
             except LimitError as error:
                 if best is not None:
                     return best
@@ -214,7 +226,7 @@ class Allocator:
         names: Sequence[str],
         assumed: Mapping[str, int],
         goal: _Goal,
-        patient: bool,
+        seconds: float | None,
     ) -> tuple[Plan, Row]:
         """Solve one programme; return its plan and what it believes the plan costs."""
         domains = {
@@ -241,7 +253,7 @@ class Allocator:
         tables = [table.table(goal.column) for table in [*rows, rest]]
         sizes = [len(domains[n]) for n in names]
         sizes += [len(choices) for choices in self._tables.choices.values()]
-        found = self._allocate(sizes, tables, np.array([goal.loss, *bound]), patient)
+        found = self._allocate(sizes, tables, np.array([goal.loss, *bound]), seconds)
         widths = {
             name: domains[name][value]
             for name, value in zip(names, found.values, strict=False)
@@ -254,17 +266,23 @@ class Allocator:
         return self._plan(widths, forms, float(found.costs[0])), found.costs[1:]
 
     def _allocate(
-        self, sizes: Sequence[int], tables: Sequence[Table], limits: Row, patient: bool
+        self,
+        sizes: Sequence[int],
+        tables: Sequence[Table],
+        limits: Row,
+        seconds: float | None,
     ) -> Allocation:
-        """Solve; with patience, in more time where it ended before anything was found."""
-        seconds = self._time_limit_s
+        """Solve in so many seconds; without, in as many as it takes to find anything."""
+
+        def solved(seconds: float) -> Allocation:
+            return allocate(sizes, tables, limits, time_limit_s=seconds, relative_gap=_GAP)
+
+        if seconds is not None:
+            return solved(seconds)
         try:
-            return allocate(sizes, tables, limits, time_limit_s=seconds, relative_gap=_GAP)
+            return solved(self._time_limit_s)
         except SolverTimeoutError:
-            if not patient:
-                raise
-            seconds *= _PATIENT
-            return allocate(sizes, tables, limits, time_limit_s=seconds, relative_gap=_GAP)
+            return solved(_PATIENT * self._time_limit_s)
 
     def _rest(self, domains: Mapping[str, tuple[int, ...]]) -> Rows:
         """Return a table of one row: what no plan changes."""

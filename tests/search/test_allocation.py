@@ -1,11 +1,15 @@
 """Plans are within their limits, at costs that the written models have exactly."""
 
+from functools import partial
+
 import numpy as np
 import onnx
 import pytest
 
+from onnxcomp.deadline import Deadline
 from onnxcomp.errors import LimitError
 from onnxcomp.model import Model
+from onnxcomp.numerics.knapsack import Allocation, allocate
 from onnxcomp.passes.working import finish
 from onnxcomp.search.allocation import Allocator
 from onnxcomp.search.settings import Limits
@@ -141,3 +145,22 @@ def test_plans_are_deterministic():
         lab = Lab.of(concat_of_three(), step=4)
         plans.append(Allocator(lab.space, lab.losses()).choose(shares(lab, macs=0.5)))
     assert plans[0] == plans[1]
+
+
+def test_better_plans_share_one_time_limit(monkeypatch):
+    now, asked = [0.0], []
+
+    def slow(*args: object, time_limit_s: float, **options: object) -> Allocation:
+        asked.append(time_limit_s)
+        now[0] += time_limit_s
+        return allocate(*args, **options)
+
+    monkeypatch.setattr("onnxcomp.search.allocation.allocate", slow)
+    clocked = partial(Deadline, clock=lambda: now[0])
+    monkeypatch.setattr("onnxcomp.search.allocation.Deadline", clocked)
+    lab, losses = known("residual")
+    allocator = Allocator(lab.space, losses, time_limit_s=8.0, patience=1.5)
+    assert not allocator.choose(shares(lab, macs=0.7)).empty
+    assert asked[0] == 8.0
+    assert len(asked) > 1
+    assert sum(asked[1:]) <= 8.0

@@ -205,7 +205,7 @@ def test_a_programme_that_found_nothing_in_time_gets_more(monkeypatch):
     monkeypatch.setattr("onnxcomp.search.allocation.allocate", slow)
     assert Allocator(tiny().space, drawn(0), time_limit_s=7.0).choose(limits) == wanted
     assert seconds[:2] == [7.0, 35.0]
-    assert set(seconds[2:]) <= {7.0}
+    assert all(each <= 7.0 for each in seconds[2:])
 
 
 def test_a_better_plan_that_is_not_found_in_time_gets_no_more(monkeypatch):
@@ -218,4 +218,4 @@ def test_a_better_plan_that_is_not_found_in_time_gets_no_more(monkeypatch):
     monkeypatch.setattr("onnxcomp.search.allocation.allocate", slow)
     allocator = Allocator(tiny().space, drawn(0), time_limit_s=7.0)
     assert allocator.fastest(np.inf, Limits()).empty  # within the limits from the start
-    assert seconds == [7.0]
+    assert seconds == [pytest.approx(7.0, abs=1.0)]
