@@ -23,7 +23,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import qr, solve_triangular
+from scipy.linalg import eigh, qr, solve_triangular
 
 from onnxcomp.errors import DataError, ParameterError
 from onnxcomp.numerics.factorization import (
@@ -68,16 +68,19 @@ def output_basis(W: Array, metric: PatchMetric | None, rank: int) -> Factorizati
     sum of the other eigenvalues. S is never inverted.
     """
     kernel, matrix = _matrix(W, metric, rank, "output_basis")
-    energy, U = top_eigen(_outputs(matrix, metric), rank)
+    Q, R = _spanned(matrix)
+    energy, V = top_eigen(_outputs(R, metric), rank)
+    U = Q @ V
     B = (U.T @ matrix).reshape(rank, *kernel.shape[1:])
     return balanced("output_basis", (B, U[:, :, None, None]), (energy,))
 
 
-def output_basis_errors(W: Array, metric: PatchMetric | None) -> Array:
-    """Return the exact error at every rank 0..min(m, d)."""
+def output_basis_errors(W: Array, metric: PatchMetric | None, top: int | None = None) -> Array:
+    """Return the exact error at every rank 0..min(m, d), or only up to `top`."""
     _, matrix = _matrix(W, metric, 1, "output_basis")
-    energy, _ = top_eigen(_outputs(matrix, metric), min(matrix.shape))
-    return _tail(energy)
+    _, R = _spanned(matrix)
+    values = eigh(_outputs(R, metric), eigvals_only=True)
+    return _tail(np.clip(values[::-1], 0.0, None))[: None if top is None else top + 1]
 
 
 # ------------------------------------------------------- a basis repeated at every offset
@@ -98,11 +101,11 @@ def input_basis(
     return balanced("input_basis", kernels, (energy,))
 
 
-def input_basis_errors(W: Array, metric: PatchMetric | None) -> Array:
-    """Return the exact error of `input_basis` without rounds at every rank 0..max."""
+def input_basis_errors(W: Array, metric: PatchMetric | None, top: int | None = None) -> Array:
+    """Return the exact error of `input_basis` without rounds at the ranks 0..max, or `top`."""
     kernel, _ = _matrix(W, metric, 1, "input_basis")
     m, c, kh, kw = kernel.shape
-    return _separated_errors(kernel.reshape(m, c, kh * kw), metric)
+    return _separated_errors(kernel.reshape(m, c, kh * kw), metric, top)
 
 
 def spatial(
@@ -121,11 +124,11 @@ def spatial(
     return balanced("spatial", kernels, (energy,))
 
 
-def spatial_errors(W: Array, metric: PatchMetric | None) -> Array:
-    """Return an upper bound of the error at every rank 0..max: the error before the rounds."""
+def spatial_errors(W: Array, metric: PatchMetric | None, top: int | None = None) -> Array:
+    """Return an upper bound at every rank 0..max, or `top`: the error before the rounds."""
     kernel, _ = _matrix(W, metric, 1, "spatial")
     m, c, kh, kw = kernel.shape
-    return _separated_errors(kernel.reshape(m, c * kh, kw), metric)
+    return _separated_errors(kernel.reshape(m, c * kh, kw), metric, top)
 
 
 # ----------------------------------------------------------------------------------- Tucker
@@ -156,15 +159,17 @@ def tucker2(W: Array, metric: PatchMetric | None, ranks: tuple[int, int]) -> Fac
     return balanced("tucker2", kernels, (first_energy, energy))
 
 
-def tucker2_errors(W: Array, metric: PatchMetric | None) -> Array:
-    """Return an upper bound of the error at every rank 0..max(m, c) of `tucker_ranks`.
+def tucker2_errors(W: Array, metric: PatchMetric | None, top: int | None = None) -> Array:
+    """Return an upper bound at every rank 0..max(m, c), or `top`, of `tucker_ranks`.
 
     The sum of the input basis' error at q and the output basis' error at p: restricting the
     input only lowers ``K = W S W^T``, hence also its tail.
     """
     m, c = W.shape[:2]
-    inputs, outputs = input_basis_errors(W, metric), output_basis_errors(W, metric)
-    ranks = np.array([tucker_ranks(r, c, m) for r in range(max(m, c) + 1)])
+    top = max(m, c) if top is None else top
+    ranks = np.array([tucker_ranks(r, c, m) for r in range(top + 1)])
+    inputs = input_basis_errors(W, metric, int(ranks[-1, 0]))
+    outputs = output_basis_errors(W, metric, int(ranks[-1, 1]))
     q = np.minimum(ranks[:, 0], len(inputs) - 1)
     p = np.minimum(ranks[:, 1], len(outputs) - 1)
     return np.asarray(np.minimum(inputs[q] + outputs[p], outputs[0]))
@@ -179,14 +184,14 @@ class Form:
 
     Attributes:
         build: (W, metric, rank) to the factorization.
-        errors: (W, metric) to the errors of the ranks 0..max_rank, exact or an upper bound.
+        errors: (W, metric, top) to the errors of the ranks 0..top, exact or an upper bound.
         shapes: (shape of W, rank) to the factors' shapes.
         max_rank: shape of W to the largest rank that still changes the error.
         applies: whether the form differs from the simpler ones at W's shape.
     """
 
     build: Callable[[Array, PatchMetric | None, int], Factorization]
-    errors: Callable[[Array, PatchMetric | None], Array]
+    errors: Callable[[Array, PatchMetric | None, int | None], Array]
     shapes: Callable[[Shape, int], tuple[Shape, ...]]
     max_rank: Callable[[Shape], int]
     applies: Callable[[Shape], bool]
@@ -279,6 +284,18 @@ def _matrix(W: Array, metric: PatchMetric | None, rank: int, form: str) -> tuple
     return kernel, kernel.reshape(m, d)
 
 
+def _spanned(matrix: Array) -> tuple[Array, Array]:
+    """Return Q with orthonormal columns and R of at most (d, d) with ``Q R`` the matrix.
+
+    ``K = W S W^T`` has the eigenvalues of ``R S R^T`` and no others but zeros.
+    """
+    m, d = matrix.shape
+    if m <= d:
+        return np.eye(m), matrix
+    Q, R = np.linalg.qr(matrix)
+    return Q, R
+
+
 def _outputs(matrix: Array, metric: PatchMetric | None) -> Array:
     return np.asarray(matrix @ matrix.T) if metric is None else metric.quadratic(matrix)
 
@@ -339,17 +356,18 @@ def _separated(
     return B, A.reshape(m, rank, v), energy
 
 
-def _separated_errors(blocks: Array, metric: PatchMetric | None) -> Array:
+def _separated_errors(blocks: Array, metric: PatchMetric | None, top: int | None) -> Array:
     """Return the error of every leading part of the basis from one Cholesky decomposition.
 
     With ``Phi S Phi^T = C C^T`` for the full basis and ``Y = W S Phi^T C^-T``, the leading
     r v columns of Y hold all that the least squares on r basis rows explains.
     """
     m, u, v = blocks.shape
-    top = min(u, m * v)
-    B, energy = _mode_basis(blocks, metric, top)
+    whole = min(u, m * v)
+    top = whole if top is None else min(top, whole)
+    B, energy = _mode_basis(blocks, metric, whole if metric is None else top)
     if metric is None:
-        return _tail(energy)
+        return _tail(energy)[: top + 1]
     matrix = blocks.reshape(m, -1)
     WS = metric.times(matrix)
     C, _ = damped_cholesky(basis_gram(B, dense_metric(metric)), EXACT)

@@ -130,8 +130,9 @@ class Factorize:
         """Return the squared error of the node's output under each option, or a bound."""
         found: dict[Option, float] = {}
         for form in dict.fromkeys(option.form for option in options):
-            curve = FORMS[form].errors(to_plane(kernel), metric)
-            found |= {o: float(curve[o.size[0]]) for o in options if o.form == form}
+            ranks = {option: option.size[0] for option in options if option.form == form}
+            curve = FORMS[form].errors(to_plane(kernel), metric, max(ranks.values()))
+            found |= {option: float(curve[rank]) for option, rank in ranks.items()}
         return found
 
     def fit(

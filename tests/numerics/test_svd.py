@@ -95,6 +95,19 @@ def test_error_curves_are_what_is_achieved(name, shape, data):
         assert np.abs(wrong / wrong[0] - errors / errors[0]).max() > 1e-2
 
 
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("data", [True, False])
+def test_a_curve_up_to_a_rank_is_the_beginning_of_the_whole(name, shape, data):
+    W, metric, _ = case(2, shape)
+    metric = metric if data else None
+    whole = FORMS[name].errors(W, metric)
+    for top in {1, len(whole) // 2, len(whole) - 1} - {0}:
+        found = FORMS[name].errors(W, metric, top)
+        assert found.shape == (top + 1,)
+        np.testing.assert_allclose(found, whole[: top + 1], atol=1e-9 * whole[0])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_spatial_curve_is_exact_before_the_rounds(shape):
     W, metric, _ = case(3, shape)
