@@ -116,13 +116,16 @@ def fit_last(cross: Array, gram: Array, prior: Array) -> Array:
     return prior + solve_right(cross - prior @ gram, gram)
 
 
-def fit_first(WS: Array, S: Array, A: Array, start: Array) -> Array:
+def fit_first(
+    WS: Array, S: Array, A: Array, start: Array, *, tolerance: float = CG_TOLERANCE
+) -> Array:
     """Return the least-squares basis (r, u) for a fixed ``A`` (m, r * v), centred on `start`.
 
     Solved as in `step_first` (never worse than `start`).
     """
     error = WS - A @ basis_image(start, S)
-    step, _ = step_first([(A.T @ A, S)], first_slope(A, error, len(start)))
+    slope = first_slope(A, error, len(start))
+    step, _ = step_first([(A.T @ A, S)], slope, tolerance=tolerance)
     return start + step
 
 
@@ -139,6 +142,7 @@ def step_first(
     *,
     steps: int | None = None,
     root: Array | None = None,
+    tolerance: float = CG_TOLERANCE,
 ) -> tuple[Array, list[Array]]:
     """Return the least-squares change D (r, u) of the basis that several fixed maps share.
 
@@ -151,6 +155,7 @@ def step_first(
         slope: R, the weighted sum of the maps' `first_slope`.
         steps: take as many conjugate gradients at any size.
         root: Cholesky factor (u, u) of a metric to precondition with; None takes the maps'.
+        tolerance: residual, relative to the slope, that ends the conjugate gradients.
 
     Returns:
         D, and its `basis_image` in each map's S.
@@ -179,7 +184,7 @@ def step_first(
         rest = rest - length * bent
         for image, part in zip(images, seen, strict=True):
             image += length * part
-        if np.linalg.norm(rest) <= CG_TOLERANCE * np.linalg.norm(slope):
+        if np.linalg.norm(rest) <= tolerance * np.linalg.norm(slope):
             break
     return step, images
 

@@ -47,6 +47,7 @@ from onnxcomp.numerics.least_squares import (
 
 Array: TypeAlias = NDArray[np.float64]
 Shape: TypeAlias = tuple[int, int, int, int]
+_ROUGHLY = 3e-2  # tolerance of a round's first factor: to 1e-5 no digit of four changes
 
 
 def tucker_ranks(rank: int, in_channels: int, out_channels: int) -> tuple[int, int]:
@@ -343,7 +344,7 @@ def _separated(
     A = fit_last(basis_cross(B, WS), basis_gram(B, S), A)
     best = loss(A, B) if rounds else 0.0
     for _ in range(rounds):
-        first = fit_first(WS, S, A, B)
+        first = fit_first(WS, S, A, B, tolerance=_ROUGHLY)
         try:
             second = fit_last(basis_cross(first, WS), basis_gram(first, S), A)
         except DataError:  # it grew along directions that no sample shows
