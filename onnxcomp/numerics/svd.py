@@ -31,7 +31,6 @@ from onnxcomp.numerics.factorization import (
     PatchMetric,
     balanced,
     dense_metric,
-    squared_error,
 )
 from onnxcomp.numerics.least_squares import (
     EXACT,
@@ -334,22 +333,21 @@ def _separated(
     A = np.einsum("muv,ru->mrv", blocks, B, optimize=True).reshape(m, -1)
     if metric is None:
         return B, A.reshape(m, rank, v), np.ones(rank)  # the rows of B are orthonormal
-    S, W = dense_metric(metric), blocks.reshape(m, -1)
-    WS = metric.times(W)
+    S, WS = dense_metric(metric), metric.times(blocks.reshape(m, -1))
 
-    def loss(second: Array, first: Array) -> float:
-        product = np.einsum("mrv,ru->muv", second.reshape(m, rank, v), first, optimize=True)
-        return squared_error(W, product.reshape(W.shape), metric)
+    def solved(first: Array, prior: Array) -> tuple[Array, float]:
+        """Return the least-squares second factor, and its error less that of no form."""
+        cross, gram = basis_cross(first, WS), basis_gram(first, S)
+        second = fit_last(cross, gram, prior)
+        return second, float(np.vdot(second, second @ gram - 2 * cross))
 
-    A = fit_last(basis_cross(B, WS), basis_gram(B, S), A)
-    best = loss(A, B) if rounds else 0.0
+    A, best = solved(B, A)
     for _ in range(rounds):
         first = fit_first(WS, S, A, B, tolerance=_ROUGHLY)
         try:
-            second = fit_last(basis_cross(first, WS), basis_gram(first, S), A)
+            second, achieved = solved(first, A)
         except DataError:  # it grew along directions that no sample shows
             break
-        achieved = loss(second, first)
         if achieved >= best:
             break
         B, A, best = first, second, achieved
