@@ -8,6 +8,7 @@ tensors.  A ConvTranspose is the convolution of its zero-stuffed input with the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,7 @@ class Linear:
     @property
     def spatial(self) -> int:
         """Number of kernel positions."""
-        return int(np.prod(self.kernel_shape, dtype=np.int64))
+        return math.prod(self.kernel_shape)
 
     @property
     def convolution(self) -> Convolution:
@@ -91,8 +92,8 @@ class Linear:
             self.in_channels,
             self.out_channels,
             self.spatial,
-            int(np.prod(self.out_extent, dtype=np.int64)),
-            int(np.prod(self.in_extent, dtype=np.int64)),
+            math.prod(self.out_extent),
+            math.prod(self.in_extent),
             self.groups,
             self.node.op,
         )

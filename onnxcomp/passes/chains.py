@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.target import Convolution
@@ -45,11 +44,8 @@ def convolutions(linear: Linear, form: str, shapes: Sequence[Shape]) -> list[Con
     for index, (m, c, kh, kw) in enumerate(shapes):
         behind = _extent_behind(form, index, len(shapes), x, y)
         op = linear.node.op if kh * kw > 1 or linear.spatial == 1 else "Conv"
-        size, count = (
-            int(np.prod(extent, dtype=np.int64)),
-            int(np.prod(behind, dtype=np.int64)),
-        )
-        steps.append(Convolution(c, m, kh * kw, count, size, 1, op))
+        positions = math.prod(behind), math.prod(extent)
+        steps.append(Convolution(c, m, kh * kw, *positions, 1, op))
         extent = behind
     return steps
 
@@ -127,7 +123,7 @@ def _plane(spatial: tuple[int, ...]) -> tuple[int, int]:
     """Return kernel extents as two; those of 1-D and 3-D kernels do not separate."""
     if len(spatial) == 2:
         return spatial[0], spatial[1]
-    return int(np.prod(spatial, dtype=np.int64)), 1
+    return math.prod(spatial), 1
 
 
 def _unplane(plane: tuple[int, ...], spatial: tuple[int, ...]) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ The set is that of Diao et al. 2021 (Sensors 21, 3464) as far as its opening tel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -236,8 +237,7 @@ def chain(
 ) -> list[Convolution]:
     """Return the convolutions that an option makes of a node at given widths."""
     form, c, m = option.form, in_channels, out_channels
-    x = int(np.prod(linear.in_extent, dtype=np.int64))
-    y = int(np.prod(linear.out_extent, dtype=np.int64))
+    x, y = math.prod(linear.in_extent), math.prod(linear.out_extent)
     if form == "separable":
         once = [Convolution(c, c, linear.spatial, y, x, c), Convolution(c, m, 1, y, y)]
         return once * option.size[0]
@@ -246,7 +246,7 @@ def chain(
         second = Convolution(c, c, linear.spatial, y, y, c)
         return [first, Convolution(c, c, 1, y, y), second, Convolution(c, m, 1, y, y)]
     groups = option.size[0] if option.size else 1
-    counts = [int(np.prod(w.counts)) for w in windows_of(form, linear.kernel_shape)]
+    counts = [math.prod(w.counts) for w in windows_of(form, linear.kernel_shape)]
     return [Convolution(c, m, count, y, x, groups) for count in counts]
 
 

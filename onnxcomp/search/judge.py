@@ -9,8 +9,7 @@ it is the density of margins near zero, about a third for ResNet-20 on new image
 
 New pictures and recordings move the outputs further than samples held out of a few: of 16
 networks compressed to a drift, 12 had up to 1.36 times that drift on new ones, 14 up to 1.73.
-So a promise on drift counts half more than a bound that holds for 95 % of normal errors: where
-samples differ much, few of them tell little of new ones.  Outputs far from zero
+So a promise on drift counts half more than the bound that was found.  Outputs far from zero
 drift little even where they no longer answer to the input: a search under a limit on drift
 also keeps three quarters of how they vary over the samples, in the mean over outputs.
 """
@@ -20,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +34,6 @@ from onnxcomp.search.settings import Limits
 _POINTS_PER_CHANGE = 0.45
 _DISAGREEMENT_PER_CHANGE = 0.35  # of its root
 NEW_SOURCES = 1.5  # drift on samples from other sources, to that of those held out
-_SURE = NormalDist().inv_cdf(0.95)  # standard errors of a one-sided bound
 _UNEXPLAINED = 0.25  # of the outputs' variance over samples, under a limit on drift
 _CONSTANT = 1e-9  # share of an output's square; one that varies less does not vary
 _GROUPS = 20  # of the delete-a-group jackknife
@@ -50,8 +47,8 @@ class Look:
 
     Attributes:
         error: Squared change of the raw outputs relative to their variance.
-        drift: Relative L2 of the worst output that new samples may show: half more than its
-            95 % bound, one-sided, over the hold-out samples.
+        drift: Relative L2 of the worst output that new samples may show: half more than the
+            bound of one standard error.
         drop: Points of the metric that may be lost on new samples; None without a metric.
         score: Score of the original by the labels; None where there are none.
         unexplained: Squared change relative to the variance over samples, element by element;
@@ -183,7 +180,7 @@ class _Compared:
         self._rows.append(np.stack([noise, signal], axis=1))
 
     def drift(self) -> float:
-        """Return the 95 % bound of the drift over the samples, one-sided."""
+        """Return the drift, plus one standard error over the samples."""
         rows = np.concatenate(self._rows)
 
         def ratio(index: npt.NDArray[np.int64]) -> float:
@@ -195,7 +192,7 @@ class _Compared:
         total = ratio(np.arange(len(rows)))
         if not math.isfinite(total):
             return math.inf
-        bound = total + _SURE * _jackknife(ratio, len(rows))
+        bound = total + _jackknife(ratio, len(rows))
         return bound if self.exact else math.sqrt(bound)
 
     def unexplained(self) -> float:

@@ -49,6 +49,8 @@ class Tables:
     def __init__(self, space: Space, losses: Losses) -> None:
         self._space = space
         self._losses = losses
+        self._headers: dict[tuple[str, Option], int] = {}
+        self._seconds: dict[Convolution, float] = {}  # of few shapes there are many rows
         self.choices = find_choices(space, losses.joint.losses)
         self._repetition = {
             node: name
@@ -85,7 +87,7 @@ class Tables:
                 if option is not None and not self.allowed(linear, option, m, c):
                     continue
                 steps = space.steps(linear, option, c, m)
-                seconds = space.target.chain_seconds(steps)
+                seconds = sum(map(self._predicted, steps))
                 states.append((*state, value)[: len(state) + (repetition is not None)])
                 costs = self.step_costs(linear, option, steps)
                 measures.append((whole * share, seconds, *costs))
@@ -136,8 +138,21 @@ class Tables:
             weights -= common_weights(linear, option, m, c)
         elif not steps:  # the bias goes, too
             weights -= linear.out_channels
-        size = weights * linear.dtype.itemsize + header_bytes(linear, option)
+        size = weights * linear.dtype.itemsize + self._header(linear, option)
         return float(macs), float(weights), float(size)
+
+    def _header(self, linear: Linear, option: Option | None) -> int:
+        if option is None:
+            return 0
+        key = linear.id, option
+        if key not in self._headers:
+            self._headers[key] = header_bytes(linear, option)
+        return self._headers[key]
+
+    def _predicted(self, step: Convolution) -> float:
+        if step not in self._seconds:
+            self._seconds[step] = self._space.target.seconds(step)
+        return self._seconds[step]
 
     def of_repetition(
         self,
