@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +50,8 @@ class Tables:
     def __init__(self, space: Space, losses: Losses) -> None:
         self._space = space
         self._losses = losses
-        self._headers: dict[tuple[str, Option], int] = {}
-        self._seconds: dict[Convolution, float] = {}  # of few shapes there are many rows
+        self._headers: dict[tuple[str, Option | None], int] = {}
+        self._predicted = cache(space.target.seconds)  # of few shapes there are many rows
         self.choices = find_choices(space, losses.joint.losses)
         self._repetition = {
             node: name
@@ -142,17 +143,10 @@ class Tables:
         return float(macs), float(weights), float(size)
 
     def _header(self, linear: Linear, option: Option | None) -> int:
-        if option is None:
-            return 0
         key = linear.id, option
         if key not in self._headers:
             self._headers[key] = header_bytes(linear, option)
         return self._headers[key]
-
-    def _predicted(self, step: Convolution) -> float:
-        if step not in self._seconds:
-            self._seconds[step] = self._space.target.seconds(step)
-        return self._seconds[step]
 
     def of_repetition(
         self,
