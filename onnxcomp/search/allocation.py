@@ -27,6 +27,8 @@ from onnxcomp.search.tables import Rows, Tables
 _ROUNDS = 3  # times the budget is corrected for nodes that more than two groups touch
 _GAP = 5e-3  # of the optimum; losses are measured to a few per cent
 _PATIENT = 5.0  # times its limit, where a programme found nothing in time
+# Widths of a group in one programme; a node between two groups is a table over all pairs.
+_LONE_WIDTHS, _SHARED_WIDTHS = 64, 32
 _LOSS, _SECONDS = 0, 1  # columns of a programme's measures; MACs, parameters, bytes follow
 NAMES = ("loss", "predicted time", "MACs", "parameters", "file bytes")
 
@@ -95,7 +97,7 @@ class Allocator:
         nothing = self._plan({}, {}, 0.0)
         if (self._measure(nothing) <= bound).all():
             return nothing
-        lone = [n for n in self._names if len(self._space.groups[n].readers) == 1]
+        lone = [name for name in self._names if self._lone(name)]
         names, best = lone, self._attempt(bound, lone, _Goal())
         if best is not None and rough:
             return best
@@ -124,13 +126,16 @@ class Allocator:
         names, best = self._promising(loss), nothing if fits else None
         return self._approach(bound, names, goal, best, Deadline(self._time_limit_s))
 
+    def _lone(self, name: str) -> bool:
+        """Whether a group has one reader, so that no trunk shares its width."""
+        return len(self._space.groups[name].readers) == 1
+
     def _promising(self, loss: float) -> list[str]:
         """Return the groups with a single reader, and those that alone lose less."""
         return [
             name
             for name in self._names
-            if len(self._space.groups[name].readers) == 1
-            or min(self._losses.widths[name].values()) < loss
+            if self._lone(name) or min(self._losses.widths[name].values()) < loss
         ]
 
     def _attempt(self, bound: Row, names: Sequence[str], goal: _Goal) -> Plan | None:
@@ -229,15 +234,7 @@ class Allocator:
         seconds: float | None,
     ) -> tuple[Plan, Row]:
         """Solve one programme; return its plan and what it believes the plan costs."""
-        domains = {
-            name: (
-                *sorted(
-                    w for w, lost in self._losses.widths[name].items() if lost <= goal.loss
-                ),
-                self._space.groups[name].size,
-            )
-            for name in names
-        }
+        domains = {name: self._domain(name, goal.loss) for name in names}
         index = {name: i for i, name in enumerate([*names, *self._tables.choices])}
         linears = list(self._space.facts.linears.values())
         rows = [
@@ -264,6 +261,15 @@ class Allocator:
         unfit = {option for n, option in taken if not self._still_fits(n, option, widths)}
         forms = {linear.id: option for linear, option in taken if option not in unfit}
         return self._plan(widths, forms, float(found.costs[0])), found.costs[1:]
+
+    def _domain(self, name: str, loss: float) -> tuple[int, ...]:
+        """Return a group's widths, evenly picked from those that lose no more than `loss`."""
+        widths = sorted(w for w, lost in self._losses.widths[name].items() if lost <= loss)
+        most = _LONE_WIDTHS if self._lone(name) else _SHARED_WIDTHS
+        if len(widths) >= most:
+            picked = np.linspace(0, len(widths) - 1, most - 1).round().astype(int)
+            widths = [widths[i] for i in picked]
+        return (*widths, self._space.groups[name].size)
 
     def _allocate(
         self,

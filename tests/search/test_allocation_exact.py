@@ -9,6 +9,7 @@ import pytest
 from onnxcomp.errors import LimitError
 from onnxcomp.numerics.knapsack import Allocation, SolverTimeoutError, allocate
 from onnxcomp.numerics.selection import Elimination
+from onnxcomp.passes.remove_channels import RemoveChannels
 from onnxcomp.search.allocation import Allocator
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.settings import Limits
@@ -219,3 +220,46 @@ def test_a_better_plan_that_is_not_found_in_time_gets_no_more(monkeypatch):
     allocator = Allocator(tiny().space, drawn(0), time_limit_s=7.0)
     assert allocator.fastest(np.inf, Limits()).empty  # within the limits from the start
     assert seconds == [pytest.approx(7.0, abs=1.0)]
+
+
+@cache
+def wide() -> tuple[Lab, Losses]:
+    """A trunk of 512 channels and a group of 1,280, at multiples of 8, with smooth losses."""
+    g = Graph(8, 2, 2)
+    t = g.op("Relu", g.conv("x", 8, 512, kernel=1))
+    h = g.op("Relu", g.conv(t, 512, 1280, kernel=1))
+    t = g.op("Relu", g.op("Add", g.conv(h, 1280, 512, kernel=1), t))
+    model = g.model(g.conv(t, 512, 8, kernel=1))
+    lab = Lab.of(model, count=2, size=2, step=None, kinds=(RemoveChannels,))
+    sizes = {name: lab.space.groups[name].size for name in lab.space.widths}
+    widths = {
+        name: {w: (1 - w / sizes[name]) ** 2 for w in each}
+        for name, each in lab.space.widths.items()
+    }
+    orders = {n: Elimination(np.arange(size), np.zeros(1)) for n, size in sizes.items()}
+    return lab, Losses({}, widths, orders)
+
+
+@pytest.mark.parametrize("share", [0.35, 0.6, 0.85])
+def test_few_of_many_widths_lose_little_more(monkeypatch, share):
+    lab, losses = wide()
+    sizes: list[list[int]] = []
+
+    def noted(domains: list[int], *args: object, **options: object) -> Allocation:
+        sizes.append(sorted(domains))
+        return allocate(domains, *args, **options)
+
+    def chosen() -> Plan:
+        limits = Limits(macs=share * lab.space.facts.cost.macs)
+        return Allocator(lab.space, losses).choose(limits)
+
+    monkeypatch.setattr("onnxcomp.search.allocation.allocate", noted)
+    few = chosen()
+    assert max(max(each) for each in sizes) == 64
+    assert max(min(each) for each in sizes if len(each) == 2) <= 32
+    sizes.clear()
+    monkeypatch.setattr("onnxcomp.search.allocation._LONE_WIDTHS", 1000)
+    monkeypatch.setattr("onnxcomp.search.allocation._SHARED_WIDTHS", 1000)
+    every = chosen()
+    assert max(max(each) for each in sizes) == 83
+    assert few.loss <= 1.1 * every.loss
