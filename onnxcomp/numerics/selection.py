@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import lapack
+from scipy.linalg import blas, lapack
 
 from onnxcomp.errors import DataError, ParameterError
 from onnxcomp.numerics.least_squares import damped_cholesky
@@ -106,9 +106,10 @@ def eliminate(
 class _State:
     """One reader during the elimination, its columns ordered channel by channel.
 
-    The inverse is kept as ``H - V V^T``: a removal fills k columns of V, and V joins H every
-    `_DELAY` removals, when the removed columns are dropped as well. The diagonal blocks of the
-    inverse and W, of shape (d, m) here, are always current.
+    The inverse is kept as ``H - V V^T``, H by its lower triangle, and the weights, of shape
+    (d, m) here, as ``W - V Z``: a removal fills k columns of V and rows of Z, which join H and
+    W every `_DELAY` removals, when the removed columns are dropped as well. The diagonal
+    blocks of the inverse and of ``W W^T`` are always current.
     """
 
     def __init__(self, W: Array, H: Array, channels: int, k: int, weight: float) -> None:
@@ -119,29 +120,32 @@ class _State:
         self._alive = np.arange(channels)  # channel of every stored block
         self._gone = np.zeros(channels, bool)  # by stored block
         self._V = np.empty((len(H), _DELAY * k))
-        self._filled = 0  # columns of V
+        self._Z = np.empty((_DELAY * k, self._W.shape[1]))
+        self._filled = 0  # columns of V and rows of Z
         blocks = np.arange(channels * k).reshape(channels, k)
-        self._diagonal = H[blocks[:, :, None], blocks[:, None, :]]
+        diagonal = np.tril(H[blocks[:, :, None], blocks[:, None, :]])
+        self._diagonal = diagonal + np.tril(diagonal, -1).transpose(0, 2, 1)
+        self._gram = self._grams()
         self._channels = channels
 
     def deltas(self) -> Array:
         """Return the weighted cost of removing each channel, shape (C,)."""
-        n, k = len(self._alive), self._k
         diagonal = self._diagonal.copy()
-        diagonal[self._gone] = np.eye(k)
-        blocks = self._W[: n * k].reshape(n, k, -1)
-        gram = blocks @ blocks.transpose(0, 2, 1)
+        diagonal[self._gone] = np.eye(self._k)
         costs = np.zeros(self._channels)
-        costs[self._alive] = np.einsum("ckl,clk->c", np.linalg.inv(diagonal), gram)
+        costs[self._alive] = np.einsum("ckl,clk->c", np.linalg.inv(diagonal), self._gram)
         return self._weight * np.clip(costs, 0.0, None)
 
     def remove(self, channel: int) -> None:
         """Remove one channel and refit the others."""
-        n, k = len(self._alive), self._k
+        k, filled = self._k, self._filled
         at = int(np.searchsorted(self._alive, channel))
         block = slice(at * k, at * k + k)
-        V = self._V[:, : self._filled]
-        rows = self._H[block] - V[block] @ V.T
+        V, Z = self._V[:, :filled], self._Z[:filled]
+        rows = np.hstack([self._H[block, : block.stop], self._H[block.stop :, block].T])
+        rows -= V[block] @ V.T
+        rows[:, block] = self._diagonal[at]
+        own = self._W[block] - V[block] @ Z
         try:
             root = np.linalg.cholesky(self._diagonal[at])
         except np.linalg.LinAlgError as error:
@@ -149,14 +153,19 @@ class _State:
                 f"eliminating channel {channel} of {self._channels}: its inputs are too close"
                 " to linear combinations of others; raise the damping"
             ) from error
-        update = np.linalg.solve(root, rows).T  # rows^T (H_gg)^-1 rows = update update^T
-        self._W -= update @ np.linalg.solve(root, self._W[block])
-        self._V[:, self._filled : self._filled + k] = update
+        # rows^T (H_gg)^-1 rows = update update^T, and the weights lose update change
+        update = np.asarray(np.linalg.solve(root, rows).T, np.float64)
+        change = np.linalg.solve(root, own)
+        product = self._W @ change.T - V @ (Z @ change.T)
+        u, p = self._blocks(update), self._blocks(product)
+        cross = p @ u.transpose(0, 2, 1)
+        self._gram += u @ (change @ change.T) @ u.transpose(0, 2, 1)
+        self._gram -= cross + cross.transpose(0, 2, 1)
+        self._diagonal -= u @ u.transpose(0, 2, 1)
+        self._V[:, filled : filled + k], self._Z[filled : filled + k] = update, change
         self._filled += k
-        parts = update[: n * k].reshape(n, k, k)
-        self._diagonal -= parts @ parts.transpose(0, 2, 1)
         self._gone[at] = True
-        if self._filled == self._V.shape[1]:
+        if self._filled == len(self._Z):
             self._flush()
 
     def _flush(self) -> None:
@@ -164,13 +173,27 @@ class _State:
         stay = np.append(np.repeat(~self._gone, k), np.ones(len(self._H) - n * k, bool))
         V = self._V[stay]
         self._H = self._H[np.ix_(stay, stay)]
-        self._H -= V @ V.T
+        if len(V):
+            lower = {"c": self._H.T, "trans": 1, "overwrite_c": 1}  # as columns go first there
+            self._H = blas.dsyrk(-1.0, V.T, beta=1.0, **lower).T
         self._W = self._W[stay]
+        self._W -= V @ self._Z
         self._diagonal = self._diagonal[~self._gone]
         self._alive = self._alive[~self._gone]
         self._gone = np.zeros(len(self._alive), bool)
         self._V = np.empty((len(self._H), _DELAY * k))
         self._filled = 0
+        self._gram = self._grams()
+
+    def _grams(self) -> Array:
+        """Return the products of every channel's weights, shape (channels, k, k)."""
+        blocks = self._blocks(self._W)
+        return blocks @ blocks.transpose(0, 2, 1)
+
+    def _blocks(self, rows: Array) -> Array:
+        """Return the rows of columns that belong to stored channels, channel by channel."""
+        n, k = len(self._alive), self._k
+        return rows[: n * k].reshape(n, k, rows.shape[1])
 
 
 def _state(reader: Reader, channels: int, damping: float) -> _State:
@@ -196,12 +219,12 @@ def _state(reader: Reader, channels: int, damping: float) -> _State:
 
 
 def _inverse(S: Array, damping: float) -> Array:
-    """Return ``(S + lam I)^-1``, lam = damping * tr(S) / d."""
+    """Return the lower triangle of ``(S + lam I)^-1``, lam = damping * tr(S) / d."""
     factor, _ = damped_cholesky(S, damping)
     inverse, info = lapack.dpotri(factor, lower=1)
     if info:
         raise DataError(f"second moments of size {len(S)} have no inverse; raise the damping")
-    return np.asarray(np.tril(inverse) + np.tril(inverse, -1).T)
+    return np.ascontiguousarray(inverse)
 
 
 def contribution_gram(

@@ -261,9 +261,9 @@ def test_bisection_begins_where_the_limits_are():
         )  # fmt: skip
         return pursuit.first_bound
 
-    assert bound(Limits(drift=0.1)) == pytest.approx((0.1 / 1.5) ** 2)  # for new sources
-    assert bound(Limits(drop=0.01, drift=0.1)) == pytest.approx((0.1 / 1.5) ** 2)
-    assert bound(Limits(drop=0.002, drift=0.1)) == pytest.approx(0.004)
+    assert bound(Limits(drift=0.1)) == pytest.approx((0.1 / 1.75) ** 2)  # for new sources
+    assert bound(Limits(drop=0.01, drift=0.1)) == pytest.approx((0.1 / 1.75) ** 2)
+    assert bound(Limits(drop=0.001, drift=0.1)) == pytest.approx(0.002)
 
 
 def test_the_front_has_every_cost():
