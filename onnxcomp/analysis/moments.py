@@ -34,6 +34,7 @@ def collect_moments(
     *,
     inputs: Index | None = None,
     outputs: Index | None = None,
+    beside: Sequence[Array] | None = None,
     revise: Callable[[Array, Array], Array] | None = None,
     threads: int = 1,
 ) -> tuple[SecondMoments, ...]:
@@ -46,8 +47,10 @@ def collect_moments(
         rng: Draws the positions.
         inputs: Channels of x to use, sorted; all if None.
         outputs: Channels of y to use, sorted; all if None.
+        beside: Further arrays with the layout of `ys`, joined to them batch by batch.
         revise: Makes the targets of patches (n, channels of x, kernel positions) out of the
-            rows (n, channels of y) sampled from `ys`; by default they are the targets.
+            rows sampled from `ys`, shape (n, channels of y), with those of `beside` behind
+            them; by default they are the targets.
         threads: Batches that are worked on at once; the moments do not depend on it.
 
     Returns:
@@ -55,10 +58,7 @@ def collect_moments(
     """
     groups = grouped(linear, inputs, outputs)
     d = max(len(c) for c, _ in groups) * linear.spatial
-    available = sum(y.size // y.shape[linear.y_axis] for y in ys)
-    rows = min(max(_ROWS_PER_INPUT * d, _MIN_ROWS), available)
-    dual = d > _MAX_DENSE or rows < d // 2
-    rows = min(rows, _MAX_KEPT_ROWS) if dual else rows
+    rows, dual = _rows_of(d, sum(y.size // y.shape[linear.y_axis] for y in ys))
     builders = [
         _Rows() if dual else MomentsBuilder(len(c) * linear.spatial, len(m)) for c, m in groups
     ]
@@ -66,7 +66,10 @@ def collect_moments(
 
     def summed(index: int) -> list[Callable[[], None]]:
         share = rows * (index + 1) // len(xs) - rows * index // len(xs)
-        patches, targets = linear.patches(*batches[index][:2], share, batches[index][2])
+        x, y, draws = batches[index]
+        if beside is not None:
+            y = np.concatenate([y, beside[index]], axis=linear.y_axis)
+        patches, targets = linear.patches(x, y, share, draws)
         if revise is not None:
             targets = revise(patches, targets)
         found = []
@@ -83,6 +86,13 @@ def collect_moments(
         for merge in merges:
             merge()
     return tuple(builder.finish() for builder in builders)
+
+
+def _rows_of(d: int, available: int) -> tuple[int, bool]:
+    """Return how many rows a map of d inputs takes, and whether they are kept as they are."""
+    rows = min(max(_ROWS_PER_INPUT * d, _MIN_ROWS), available)
+    dual = d > _MAX_DENSE or rows < d // 2
+    return min(rows, _MAX_KEPT_ROWS) if dual else rows, dual
 
 
 def why_rows(moments: RowMoments) -> str:

@@ -58,7 +58,8 @@ class Twins:
         shortcut = self._shortcut(linear)
         if shortcut and self.current is not self.original:
             wanted, found = self.original.peek(shortcut), self.current.peek(shortcut)
-            targets = [y + (a - b) for y, a, b in zip(targets, wanted, found, strict=True)]
+            for index, (a, b) in enumerate(zip(wanted, found, strict=True)):
+                targets[index] = targets[index] + (a - b)
         return targets
 
     def rectified(self, linear: Linear) -> bool:

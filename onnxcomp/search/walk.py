@@ -205,22 +205,20 @@ class Walk:
         auxiliary variables of Zhang et al. 2016, arXiv:1505.06798), and changes T but not S.
         """
         linear = site.linear
-        offsets = self._twins.offsets(linear) or [np.zeros_like(y) for y in targets]
-        pairs = list(zip(targets, offsets, strict=True))
-        both = [np.concatenate(pair, axis=linear.y_axis) for pair in pairs]
+        offsets = self._twins.offsets(linear)
         m, flat = linear.out_channels, first.kernel.reshape(linear.out_channels, -1)
         weight, bias = flat.T.astype(np.float32), _bias_of(first)
 
         def revise(patches: Array, rows: Array) -> Array:
-            offset = rows[:, m:]
+            offset = rows[:, m:] if offsets else np.zeros_like(rows)
             wanted = rows[:, :m] + offset
             found = patches.reshape(len(patches), -1) @ weight + bias + offset
             return np.asarray(np.where(wanted > 0, wanted, np.minimum(found, 0)) - offset)
 
         xs = self._twins.inputs(linear)
-        metrics = self._collected(site, xs, both, revise)
+        metrics = self._collected(site, xs, targets, beside=offsets, revise=revise)
         second = self._solve(site, first.kernel, metrics)
-        before, after = self._rectified_errors(linear, (first, second), pairs)
+        before, after = self._rectified_errors(linear, (first, second), targets, offsets)
         return second if after < before else first
 
     def _collected(
@@ -228,6 +226,8 @@ class Walk:
         site: _Site,
         xs: Sequence[Array],
         ys: Sequence[Array],
+        *,
+        beside: Sequence[Array] | None = None,
         revise: Callable[[Array, Array], Array] | None = None,
     ) -> tuple[SecondMoments, ...]:
         """Return the moments of a node, every time of the same positions."""
@@ -238,6 +238,7 @@ class Walk:
             np.random.default_rng([self._seed, site.position]),
             inputs=site.inputs,
             outputs=site.outputs,
+            beside=beside,
             revise=revise,
             threads=self._threads,
         )
@@ -246,7 +247,8 @@ class Walk:
         self,
         linear: Linear,
         solutions: Sequence[Solved],
-        pairs: Sequence[tuple[Array, Array]],
+        targets: Sequence[Array],
+        offsets: Sequence[Array] | None,
     ) -> list[float]:
         """Return the squared error behind the Relu of each solution, on leading batches."""
         session = self._twins.current.tail([linear.weight, linear.bias], [linear.y])
@@ -260,8 +262,10 @@ class Walk:
             total = 0.0
             held = self._twins.current.held()
             outs = session.run_each({**feed, **free} for feed in held[:_CHECKED])
-            for out, (wanted, offset) in zip(outs, pairs, strict=False):
-                change = np.maximum(out[linear.y] + offset, 0) - np.maximum(wanted + offset, 0)
+            for index, out in enumerate(outs):
+                offset = offsets[index] if offsets else np.float32(0)
+                wanted = np.maximum(targets[index] + offset, 0)
+                change = np.maximum(out[linear.y] + offset, 0) - wanted
                 total += float(np.vdot(change, change))
             errors.append(total)
         return errors

@@ -157,11 +157,16 @@ def test_revised_targets_take_the_place_of_the_sampled_rows():
         seen.append(float(np.abs(found - rows[:, :6]).max() / np.abs(rows).max()))
         return -2 * rows[:, :6] + rows[:, 6:]
 
-    both = [np.concatenate([y, np.ones_like(y)], axis=1) for y in ys]
-    outputs = np.array([1, 4])
+    ones, outputs = [np.ones_like(y) for y in ys], np.array([1, 4])
     (plain,) = collect_moments(linear, xs, ys, np.random.default_rng(0), outputs=outputs)
     (revised,) = collect_moments(
-        linear, xs, both, np.random.default_rng(0), outputs=outputs, revise=revise
+        linear,
+        xs,
+        ys,
+        np.random.default_rng(0),
+        outputs=outputs,
+        beside=ones,
+        revise=revise,
     )
     assert len(seen) == len(xs)
     assert max(seen) <= TOLERANCE  # patches and rows belong together
