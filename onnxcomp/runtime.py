@@ -35,6 +35,8 @@ class Session:
         at_once: Feeds that `run_each` works on at the same time.
         spinning: Whether idle threads spin, as they do where a model is deployed; beside
             NumPy's own threads they only take its time.
+        arena: Whether freed memory is kept for later runs.  An output keeps the whole block
+            of the arena that it lies in, so that those to be held are made without.
 
     Raises:
         ExecutionError: Onnxruntime refuses the model.
@@ -48,9 +50,11 @@ class Session:
         threads: int = 1,
         at_once: int = 1,
         spinning: bool = False,
+        arena: bool = True,
     ) -> None:
         self._at_once = at_once
         options = session_options(optimize=optimize, threads=threads)
+        options.enable_cpu_mem_arena = arena
         if not spinning:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         proto = model.to_proto(external=True)

@@ -78,7 +78,8 @@ class Stream:
     def _run_to(self, end: int, wanted: Iterable[str]) -> None:
         """Run the nodes in front of index `end`; hold what is live there and `wanted`."""
         keep = self._live(end) | set(wanted)
-        session = self._segment(sorted(n for n in keep if n not in self._held[0]))
+        new = sorted(n for n in keep if n not in self._held[0])
+        session = self._segment(new, arena=False)
         for held, out in zip(self._held, session.run_each(self._held), strict=True):
             merged = held | out
             held.clear()
@@ -95,7 +96,7 @@ class Stream:
         """Return a tensor that follows from what is held, without moving on."""
         if name in self._held[0]:
             return self.batches(name)
-        session = self.tail([], [name])
+        session = self._segment([name], arena=False)
         return [out[name] for out in session.run_each(self._held)]
 
     def depends(self, name: str) -> set[str]:
@@ -123,12 +124,14 @@ class Stream:
         """
         return self._segment(outputs, free)
 
-    def _segment(self, outputs: Sequence[str], free: Sequence[str] = ()) -> Session:
+    def _segment(
+        self, outputs: Sequence[str], free: Sequence[str] = (), *, arena: bool = True
+    ) -> Session:
         cut = [inner_value(n, self._tensors[n]) for n in self._held[0]]
         values = [*cut, *(_exact_value(n, self.model.weights[n]) for n in free)]
         part = extract(self.model, _needed(self.model, values, outputs), outputs)
         weights = {n: self._weights.get(n, a) for n, a in part.weights.items()}
-        return Session(Model(part.skeleton, weights), at_once=self._threads)
+        return Session(Model(part.skeleton, weights), at_once=self._threads, arena=arena)
 
     def _live(self, position: int) -> set[str]:
         """Return the tensors made before `position` that are read there or later."""

@@ -9,12 +9,11 @@ import numpy as np
 
 from onnxcomp.deadline import TimeLimitReached
 from onnxcomp.model import Model
-from onnxcomp.passes.base import Option
 from onnxcomp.search.judge import NEW_SOURCES, Judge, Look, looks_memorised
 from onnxcomp.search.losses import LATE, Losses
 from onnxcomp.search.search import Candidate, Search, smaller
 from onnxcomp.search.settings import Limits
-from onnxcomp.search.space import Plan
+from onnxcomp.search.variations import shaken, swapped, weighty
 
 _SIZE_ROUNDS = 3
 _TIME_ROUNDS = 5
@@ -25,10 +24,8 @@ _CLOSE = 0.85  # of a limit on drop or drift that must be used up before the sea
 _AIM = 0.93  # share of such a limit that the next candidate aims at
 _STEP = 8.0  # largest factor between the loss bounds of two candidates
 _STEADY = 0.1  # of the logarithm of the loss; less says nothing of how the strain grows
-_LATER_CANDIDATES = 3  # with losses measured again or shaken
+_LATER_CANDIDATES = 3  # with varied losses
 _FASTER = 0.98  # share of the best predicted time that the first of these must take
-_WEIGHTY = 0.8  # share of the predicted loss in the options that are measured again
-_SPREAD = 0.25  # of the logarithm of losses, where further plans are tried
 _PATIENCE = 24  # attempts in a row at something better, after which the search ends
 _SHARED = (1.0, 0.8, 0.65, 0.5)  # of all parameters, in plans whose weights are then rounded
 
@@ -175,16 +172,22 @@ class Pursuit:
             self._go_on(self._pursue)
 
     def _go_on(self, pursue: Callable[[Losses], None]) -> None:
-        """Pursue until the deadline by losses measured again, then by shaken ones."""
+        """Pursue until the deadline by losses measured again, then shaken and swapped ones."""
         losses, found = self._search.losses, self.best.candidate
         if not self._box or found.plan.empty or self._search.deadline.passed:
             return
-        pursue(self._search.measure_again(found, weighty(found.plan, losses)))
-        fruitless = 0
+        varied = self._search.measure_again(found, weighty(found.plan, losses))
+        basis, fruitless = losses, -1  # what the best plan was chosen by; attempts since then
         while fruitless < _PATIENCE and not self._search.deadline.passed:
             best = self.best
-            pursue(_shaken(losses, self._rng))
-            fruitless = fruitless + 1 if self.best is best else 0
+            if fruitless >= 0 and fruitless % 2:
+                varied = swapped(basis, best.candidate.plan, self._rng)
+            elif fruitless >= 0:
+                varied = shaken(losses, self._rng)
+            pursue(varied)
+            fruitless += 1
+            if self.best is not best:
+                basis, fruitless = varied, 0
 
     def _pursue(self, losses: Losses) -> None:
         """Solve by given losses until the written file and the measured time are within."""
@@ -380,41 +383,3 @@ def _steepness(points: Sequence[tuple[float, float]]) -> float:
     if abs(np.log(newer / loss)) < _STEADY:
         return 1.0
     return float(np.clip(np.log(other / strain) / np.log(newer / loss), 0.5, 2.0))
-
-
-def weighty(plan: Plan, losses: Losses) -> list[str]:
-    """Return the nodes and groups of a plan that carry most of its predicted loss."""
-    parts = losses.of(plan)
-    total, found, seen = sum(parts.values()), dict[str, None](), 0.0
-    for part in sorted(parts, key=lambda p: -parts[p]):
-        if seen > _WEIGHTY * total:
-            break
-        found[part if isinstance(part, str) else part.target] = None
-        seen += parts[part]
-    return list(found)
-
-
-def _shaken(losses: Losses, rng: np.random.Generator) -> Losses:
-    """Return losses multiplied by random factors, one for each node and group."""
-    factors: dict[str, float] = {}
-
-    def factor(name: str) -> float:
-        if name not in factors:
-            factors[name] = float(np.exp(_SPREAD * rng.standard_normal()))
-        return factors[name]
-
-    def shaken(option: Option, lost: float) -> float:
-        return lost * factor(option.target)
-
-    return replace(
-        losses,
-        forms={o: shaken(o, lost) for o, lost in losses.forms.items()},
-        widths={
-            name: {w: lost * factor(name) for w, lost in widths.items()}
-            for name, widths in losses.widths.items()
-        },
-        joint=replace(
-            losses.joint,
-            losses={(n, o): lost * factor(n) for (n, o), lost in losses.joint.losses.items()},
-        ),
-    )

@@ -1,4 +1,4 @@
-"""The ends and the parts of a pursuit: time limits, weighty options, shaken losses."""
+"""The ends and the parts of a pursuit: time limits, weighty options, varied losses."""
 
 import math
 from dataclasses import replace
@@ -14,13 +14,12 @@ from onnxcomp.search.pursuit import (
     _PATIENCE,
     Outcome,
     Pursuit,
-    _shaken,
     _steepness,
-    weighty,
 )
 from onnxcomp.search.search import Candidate, Search
 from onnxcomp.search.settings import Limits
 from onnxcomp.search.space import Plan
+from onnxcomp.search.variations import shaken, swapped, weighty
 from tests.search.searching import (
     QUICK,
     Clock,
@@ -173,7 +172,8 @@ def test_what_the_table_overrated_is_found_by_losses_measured_again(
     monkeypatch, squared, best
 ):
     """If it leaves more of the limit than the first had to: 0.93 of it may be used."""
-    monkeypatch.setattr("onnxcomp.search.pursuit._shaken", lambda losses, rng: losses)
+    for name in ("shaken", "swapped"):
+        monkeypatch.setattr(f"onnxcomp.search.pursuit.{name}", lambda losses, *_: losses)
     whole = maps().search.nothing.plan.seconds
     plans = {"slow": (0.8 * whole, 0.99), "fast": (0.3 * whole, squared)}
     shelf = Shelf(plans, Table(slow=0.004, fast=9.0), Table(slow=0.004, fast=0.003))
@@ -185,11 +185,12 @@ def test_a_search_ends_after_many_plans_that_are_no_better(monkeypatch):
     """Though its time limit is far; every plan that is better gives it as many tries again."""
     draws = []
 
-    def shaken(losses: Table, rng: np.random.Generator) -> Table:
+    def varied(losses: Table, *_: object) -> Table:
         draws.append(losses)
         return shelf.again if len(draws) == 5 else losses
 
-    monkeypatch.setattr("onnxcomp.search.pursuit._shaken", shaken)
+    for name in ("shaken", "swapped"):
+        monkeypatch.setattr(f"onnxcomp.search.pursuit.{name}", varied)
     whole = maps().search.nothing.plan.seconds
     plans = {
         "slow": (0.8 * whole, 0.9),
@@ -204,7 +205,7 @@ def test_a_search_ends_after_many_plans_that_are_no_better(monkeypatch):
 
 
 def test_under_a_time_limit_drift_is_held_with_more_to_spare(monkeypatch):
-    monkeypatch.setattr("onnxcomp.search.pursuit._SPREAD", 1.0)
+    monkeypatch.setattr("onnxcomp.search.variations._SPREAD", 1.0)
     searching = maps()
     plain = searching.pursue(Limits(drift=0.1))
     boxed = searching.pursue(Limits(drift=0.1), box=True)
@@ -232,16 +233,49 @@ def test_weighty_names_carry_most_of_the_loss():
 
 def test_shaken_losses_move_by_one_factor_each():
     losses = maps().search.losses
-    shaken = _shaken(losses, np.random.default_rng(0))
+    found = shaken(losses, np.random.default_rng(0))
     factors = {}
     for name, widths in losses.widths.items():
-        ratios = [shaken.widths[name][width] / lost for width, lost in widths.items()]
+        ratios = [found.widths[name][width] / lost for width, lost in widths.items()]
         assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=1e-12)
         factors[name] = ratios[0]
     assert len(set(factors.values())) == len(factors) > 1
     assert all(0.3 < factor < 3 for factor in factors.values())
-    again = _shaken(losses, np.random.default_rng(0))
-    assert again.widths == shaken.widths
+    again = shaken(losses, np.random.default_rng(0))
+    assert again.widths == found.widths
+
+
+def test_a_swap_takes_one_option_away():
+    """The more an option of the plan loses, the likelier; the next plan does without it."""
+    search, limits = maps().search, maps().absolute(Limits(macs=0.4))
+    losses = search.losses
+    plan, _ = search.choose(losses, limits)
+    parts = losses.of(plan)
+    assert len(parts) > 1
+    gone = []
+    for seed in range(60):
+        fewer = swapped(losses, plan, np.random.default_rng(seed))
+        (part,) = parts.keys() - fewer.of(plan).keys()
+        assert sum(map(len, losses.widths.values())) + len(losses.forms) == 1 + (
+            sum(map(len, fewer.widths.values())) + len(fewer.forms)
+        )
+        gone.append(part)
+    heaviest = max(parts, key=parts.__getitem__)
+    share = parts[heaviest] / sum(parts.values())
+    assert gone.count(heaviest) / len(gone) == pytest.approx(share, abs=0.25)
+    other, missed = search.choose(fewer, limits)
+    assert not missed
+    if isinstance(part, str):
+        assert other.widths.get(part) != plan.widths[part]
+    else:
+        assert part not in other.forms.values()
+
+
+def test_a_plan_without_options_of_its_own_is_shaken():
+    search = maps().search
+    nothing, losses = search.nothing.plan, search.losses
+    found = swapped(losses, nothing, np.random.default_rng(0))
+    assert found.widths == shaken(losses, np.random.default_rng(0)).widths != losses.widths
 
 
 def test_steepness_is_that_of_the_last_two_points():
