@@ -43,6 +43,7 @@ from onnxcomp.search.refits import (
 )
 from onnxcomp.search.space import Space
 from onnxcomp.search.store import Store
+from onnxcomp.search.trials import Trials
 from onnxcomp.search.twins import Twins
 
 _MEASURED = 4  # options measured per node or group; the others are interpolated
@@ -117,6 +118,13 @@ class LossMeter:
         leading = self._batches[: self._measured]
         tensors = self._facts.tensors
         self._error = OutputMeter(self._model, tensors, leading, threads=self._threads).error
+        self._trials = partial(
+            Trials,
+            outputs=self._outputs,
+            error=self._error,
+            measured=self._measured,
+            data_aware=self._data_aware,
+        )
         names = None if only is None else set(only)
         twins = Twins(
             self._facts,
@@ -173,17 +181,23 @@ class LossMeter:
             metrics = self._moments(twins, linear, position)
         except DataError as error:  # such as a mask of -inf in front of the node
             return refuse(f"nothing can be fitted at '{linear.id}': {error}")
-        works: list[tuple[str, str, Callable[[], None]]] = []
-        if forms:
-            measure = partial(self._measure_forms, twins, linear, metrics[0])
-            works.append(("forms", linear.id, measure))
+        complete = {}
         for name in groups:
             seen, missing = waiting[name]
             seen[linear.id] = metrics
             missing.discard(linear.id)
             if not missing:
-                works.append(("widths", name, partial(self._measure_group, twins, name, seen)))
+                complete[name] = seen
                 del waiting[name]
+        works: list[tuple[str, str, Callable[[], None]]] = []
+        if forms or complete:
+            trials = self._trials(twins, linear, metrics)
+        if forms:
+            measure = partial(self._measure_forms, twins, linear, metrics[0], trials)
+            works.append(("forms", linear.id, measure))
+        for name, seen in complete.items():
+            own = trials if len(seen) == 1 else None
+            works.append(("widths", name, partial(self._measure_group, name, seen, own)))
         done = ordered_map(lambda work: self._in_time(*work), works, at_once=self._threads)
         for (kind, name, _), in_time in zip(works, done, strict=True):
             if in_time:
@@ -255,7 +269,9 @@ class LossMeter:
         xs, ys = (apart(of(linear), self._measured) for of in (twins.inputs, twins.targets))
         return collect_moments(linear, xs, ys, rng, threads=self._threads)
 
-    def _measure_forms(self, twins: Twins, linear: Linear, metric: SecondMoments) -> None:
+    def _measure_forms(
+        self, twins: Twins, linear: Linear, metric: SecondMoments, trials: Trials
+    ) -> None:
         """Measure some of a node's forms and interpolate the rest."""
         kernel = linear.kernel(self._model.weights[linear.weight])
         options, missing = fitted(self._space.forms[linear.id], metric)
@@ -270,24 +286,20 @@ class LossMeter:
             if options or not missing:
                 self._refuse_forms(linear, "loses half of its output")
             return
-        session = twins.current.tail([linear.weight, linear.bias], self._outputs)
-        full = metric.solve(matrix).reshape(kernel.shape)
-
-        def error(dense: Array) -> float:
-            bias = metric.bias(dense.reshape(len(dense), -1))
-            return self._tail(twins, session, linear, dense, bias)
-
-        without = error(full) if self._data_aware else 0.0
-        if np.isfinite(without):  # a loss below none is noise
-            self._forms |= {o: max(lost - without, 0.0) for o, lost in passed.items()}
+        if np.isfinite(trials.without):  # a loss below none is noise
+            self._forms |= {o: max(lost - trials.without, 0.0) for o, lost in passed.items()}
         if not kept:
             return
 
         def dense(option: Option) -> Array:
-            return NODE_PASSES[option.method].fit(option, full, metric)[1]
+            return NODE_PASSES[option.method].fit(option, trials.full, metric)[1]
+
+        def lost(own: Array) -> float:
+            bias = metric.bias(own.reshape(len(own), -1))
+            return trials.of(own, bias) - trials.without
 
         points = {option: errors[option] for option in kept}
-        found = self._interpolated(points, dense, lambda own: error(own) - without)
+        found = self._interpolated(points, dense, lost)
         self._forms |= found
         if not found and not passed:
             self._refuse_forms(linear, "makes the outputs overflow")
@@ -320,21 +332,19 @@ class LossMeter:
         meter = BypassMeter(self._error, self._outputs, self._measured, self._seed)
         return meter.errors(self._space, twins, linear)
 
-    def _tail(
-        self, twins: Twins, session: Session, linear: Linear, kernel: Array, bias: Array
-    ) -> float:
-        """Return the output error with one node's weight and bias replaced."""
-        own = {
-            linear.weight: linear.stored(kernel),
-            linear.bias: like_bias(bias, self._model.weights[linear.bias]),
-        }
-        feeds = (held | own for held in twins.current.held()[: self._measured])
-        return self._error.of_runs(session, feeds)
-
     def _measure_group(
-        self, twins: Twins, name: str, metrics: Mapping[str, tuple[SecondMoments, ...]]
+        self,
+        name: str,
+        metrics: Mapping[str, tuple[SecondMoments, ...]],
+        trials: Trials | None,
     ) -> None:
-        """Order a group's channels by elimination and measure some of its widths."""
+        """Order a group's channels by elimination and measure some of its widths.
+
+        Args:
+            name: The group.
+            metrics: Moments of every reader, per convolution group.
+            trials: Runs behind the reader, where there is only one.
+        """
         if not metrics:
             self._refusals["widths", name] = "no linear node reads its channels"
             return
@@ -346,8 +356,6 @@ class LossMeter:
             index = dict(self._space.input_side(linear).parts)[name]
             readers += group_readers(linear, kernel, index, per_group)
         order = eliminate(readers, group.size)
-        session = self._group_session(twins, list(metrics))
-        held = twins.current.held() if len(metrics) == 1 else self._batches
 
         def refitted(width: int) -> dict[str, Array]:
             values: dict[str, Array] = {}
@@ -356,11 +364,11 @@ class LossMeter:
                 values |= self._without(self._facts.linears[node_id], removed, per_group)
             return values
 
-        def error(own: Mapping[str, Array]) -> float:
-            feeds = ({**h, **own} for h in held[: self._measured])
-            return self._error.of_runs(session, feeds)
-
-        without = error(refitted(group.size)) if self._data_aware else 0.0
+        if trials is None:
+            error = self._from_the_inputs(list(metrics))
+            without = error(refitted(group.size)) if self._data_aware else 0.0
+        else:
+            error, without = trials.of_weights, trials.without
         points = {w: float(order.losses[group.size - w]) for w in self._space.widths[name]}
         self._widths[name] = self._interpolated(
             points, refitted, lambda own: error(own) - without
@@ -384,17 +392,19 @@ class LossMeter:
         measured = {c: loss(own) for c, own in zip(picked, solved, strict=True)}
         return interpolated(points, measured)
 
-    def _group_session(self, twins: Twins, node_ids: Sequence[str]) -> Session:
-        """Return a session with the readers' weights free: the tail of a lone reader."""
+    def _from_the_inputs(
+        self, node_ids: Sequence[str]
+    ) -> Callable[[Mapping[str, Array]], float]:
+        """Return the error of the whole network under weights and biases of some nodes."""
         linears = [self._facts.linears[node_id] for node_id in node_ids]
         free = list(dict.fromkeys(n for li in linears for n in (li.weight, li.bias)))
-        if len(linears) == 1:
-            return twins.current.tail(free, self._outputs)
         weights = self._model.weights
         values = [Value(n, weights[n].dtype, weights[n].shape) for n in free]
         part = extract(self._model, values, self._outputs)
         inner = {n: self._current.get(n, a) for n, a in part.weights.items()}
-        return Session(Model(part.skeleton, inner), at_once=self._threads)
+        session = Session(Model(part.skeleton, inner), at_once=self._threads)
+        leading = self._batches[: self._measured]
+        return lambda own: self._error.of_runs(session, ({**feed, **own} for feed in leading))
 
     def _without(
         self, linear: Linear, removed: Mapping[str, Index], metrics: tuple[SecondMoments, ...]
