@@ -1,6 +1,8 @@
 """Sessions, captured facts and pieces of models agree with plain onnxruntime."""
 
 import gc
+import os
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -20,6 +22,7 @@ from onnxcomp.runtime import (
 from tests.graphs import sane_feeds, shared_models
 from tests.passes.exact_checks import graph, normal, relative_l2
 
+STATM = Path("/proc/self/statm")
 TOLERANCE = 1e-5  # relative L2; the pieces are optimised differently from the whole
 
 
@@ -149,6 +152,28 @@ def test_every_feed_is_run_in_order(at_once):
     broken = [feeds[0], {"x": normal(2, 65)}, *feeds]
     with pytest.raises(ExecutionError, match="cannot run the model"):
         list(session.run_each(broken))
+
+
+def resident() -> float:
+    """Megabytes of this process."""
+    gc.collect()
+    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="needs /proc/self/statm")
+def test_held_outputs_keep_no_more_than_themselves_without_an_arena():
+    """Three of 1 MB, behind two tensors of 67 MB each."""
+    body = "h = MatMul (x, a) r = Relu (h) y = MatMul (r, b)"
+    weights = {"a": normal(1, 4096), "b": normal(4096, 64)}
+    model, x = graph("float[N,1] x", "float[N,64] y", body, weights), normal(4096, 1)
+    grown, found = {}, {}
+    for arena in (True, False):
+        before = resident()
+        found[arena] = [Session(model, arena=arena).run({"x": x})["y"] for _ in range(3)]
+        grown[arena] = resident() - before
+    assert grown[False] < 30
+    assert grown[True] > 100  # else there is nothing to go without
+    assert all(map(np.array_equal, found[True], found[False]))
 
 
 def test_errors_are_ours():

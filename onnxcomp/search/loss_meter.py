@@ -190,7 +190,7 @@ class LossMeter:
                 complete[name] = seen
                 del waiting[name]
         works: list[tuple[str, str, Callable[[], None]]] = []
-        if forms or complete:
+        if forms or any(len(seen) == 1 for seen in complete.values()):
             trials = self._trials(twins, linear, metrics)
         if forms:
             measure = partial(self._measure_forms, twins, linear, metrics[0], trials)
