@@ -115,14 +115,17 @@ class Stream:
         """Return everything held now, per batch."""
         return self._held
 
-    def tail(self, free: Sequence[str], outputs: Sequence[str]) -> Session:
+    def tail(
+        self, free: Sequence[str], outputs: Sequence[str], *, arena: bool = True
+    ) -> Session:
         """Return a session from the tensors held now to `outputs`.
 
         Args:
             free: Weights that become inputs, so that many values of them can be tried.
             outputs: Tensors to return.
+            arena: As in `Session`.
         """
-        return self._segment(outputs, free)
+        return self._segment(outputs, free, arena=arena)
 
     def _segment(
         self, outputs: Sequence[str], free: Sequence[str] = (), *, arena: bool = True

@@ -173,7 +173,7 @@ class _State:
         stay = np.append(np.repeat(~self._gone, k), np.ones(len(self._H) - n * k, bool))
         V = self._V[stay]
         self._H = self._H[np.ix_(stay, stay)]
-        if len(V):
+        if V.size:
             lower = {"c": self._H.T, "trans": 1, "overwrite_c": 1}  # as columns go first there
             self._H = blas.dsyrk(-1.0, V.T, beta=1.0, **lower).T
         self._W = self._W[stay]

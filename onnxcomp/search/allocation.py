@@ -263,13 +263,15 @@ class Allocator:
         return self._plan(widths, forms, float(found.costs[0])), found.costs[1:]
 
     def _domain(self, name: str, loss: float) -> tuple[int, ...]:
-        """Return a group's widths, evenly picked from those that lose no more than `loss`."""
-        widths = sorted(w for w, lost in self._losses.widths[name].items() if lost <= loss)
+        """Return those of a group's evenly picked widths that lose no more than `loss`."""
+        losses = self._losses.widths[name]
+        widths = sorted(losses)
         most = _LONE_WIDTHS if self._lone(name) else _SHARED_WIDTHS
         if len(widths) >= most:
             picked = np.linspace(0, len(widths) - 1, most - 1).round().astype(int)
             widths = [widths[i] for i in picked]
-        return (*widths, self._space.groups[name].size)
+        fit = [width for width in widths if losses[width] <= loss]
+        return (*fit, self._space.groups[name].size)
 
     def _allocate(
         self,

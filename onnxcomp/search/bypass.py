@@ -57,7 +57,7 @@ class BypassMeter:
             return {}
         model, held = space.facts.model, twins.current.held()
         values = _values(model, linear)
-        front = twins.current.tail([*values], [reader.x])
+        front = twins.current.tail([*values], [reader.x], arena=False)
         feeds = ({**each, **values} for each in apart(held, self.measured))
         xs = [out[reader.x] for out in front.run_each(feeds)]
         rng = np.random.default_rng([self.seed, list(space.facts.linears).index(reader.id)])

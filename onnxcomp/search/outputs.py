@@ -71,7 +71,8 @@ class OutputMeter:
 
     def _run(self, weights: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
         own = {name: weights.get(name, array) for name, array in self._part.weights.items()}
-        session = Session(Model(self._part.skeleton, own), at_once=self._threads)
+        part = Model(self._part.skeleton, own)
+        session = Session(part, at_once=self._threads, arena=False)
         return session.run_each(self._batches)
 
 
@@ -86,6 +87,6 @@ def raw_runs(
         threads: Batches that are run at once.
     """
     names = raw_outputs(model, capture_tensors(model, batches[0]))
-    session = Session(extract(model, (), names), at_once=threads)
+    session = Session(extract(model, (), names), at_once=threads, arena=False)
     for found in session.run_each(batches):
         yield {str(index): found[name] for index, name in enumerate(names)}

@@ -196,6 +196,8 @@ class Pursuit:
         for _ in range(_SIZE_ROUNDS if self._share is None else _TIME_ROUNDS):
             seconds = self._predicted() * _CAUTION**misses
             plan, reason = self._search.choose(losses, self._asked, seconds=seconds)
+            if reason and self.best.met:  # a swap may leave too few options
+                return
             candidate = self._search.solve(plan, losses)
             met = self._holds(candidate)
             self._offer(candidate, met=met)

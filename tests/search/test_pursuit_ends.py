@@ -204,6 +204,24 @@ def test_a_search_ends_after_many_plans_that_are_no_better(monkeypatch):
     assert len(draws) == 5 + _PATIENCE
 
 
+def test_swaps_out_of_reach_leave_no_word(monkeypatch):
+    """Where a limit needs nearly all that can go, what a swap forbids may be needed."""
+    monkeypatch.setattr("onnxcomp.search.pursuit._PATIENCE", 4)
+    missed = []
+    choose = Search.choose
+
+    def noted(self: Search, *args: object, **options: object) -> tuple[Plan, str]:
+        plan, reason = choose(self, *args, **options)
+        missed.append(reason)
+        return plan, reason
+
+    monkeypatch.setattr(Search, "choose", noted)
+    tried = maps().pursue(Limits(macs=0.05), box=True)
+    assert tried.outcome.met
+    assert any(missed)
+    assert not any("within reach" in note for note in tried.notes)
+
+
 def test_under_a_time_limit_drift_is_held_with_more_to_spare(monkeypatch):
     monkeypatch.setattr("onnxcomp.search.variations._SPREAD", 1.0)
     searching = maps()
