@@ -79,7 +79,7 @@ class Stream:
         """Run the nodes in front of index `end`; hold what is live there and `wanted`."""
         keep = self._live(end) | set(wanted)
         new = sorted(n for n in keep if n not in self._held[0])
-        session = self._segment(new, arena=False)
+        session = self.tail([], new, arena=False)
         for held, out in zip(self._held, session.run_each(self._held), strict=True):
             merged = held | out
             held.clear()
@@ -96,7 +96,7 @@ class Stream:
         """Return a tensor that follows from what is held, without moving on."""
         if name in self._held[0]:
             return self.batches(name)
-        session = self._segment([name], arena=False)
+        session = self.tail([], [name], arena=False)
         return [out[name] for out in session.run_each(self._held)]
 
     def depends(self, name: str) -> set[str]:
@@ -125,11 +125,6 @@ class Stream:
             outputs: Tensors to return.
             arena: As in `Session`.
         """
-        return self._segment(outputs, free, arena=arena)
-
-    def _segment(
-        self, outputs: Sequence[str], free: Sequence[str] = (), *, arena: bool = True
-    ) -> Session:
         cut = [inner_value(n, self._tensors[n]) for n in self._held[0]]
         values = [*cut, *(_exact_value(n, self.model.weights[n]) for n in free)]
         part = extract(self.model, _needed(self.model, values, outputs), outputs)

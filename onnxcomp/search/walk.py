@@ -210,7 +210,7 @@ class Walk:
         weight, bias = flat.T.astype(np.float32), _bias_of(first)
 
         def revise(patches: Array, rows: Array) -> Array:
-            offset = rows[:, m:] if offsets else np.zeros_like(rows)
+            offset = rows[:, m:] if offsets else np.float32(0)
             wanted = rows[:, :m] + offset
             found = patches.reshape(len(patches), -1) @ weight + bias + offset
             return np.asarray(np.where(wanted > 0, wanted, np.minimum(found, 0)) - offset)

@@ -90,7 +90,7 @@ def test_one_sample_promises_nothing():
     assert found.drift == found.drop == math.inf
 
 
-def test_drift_is_that_of_an_evaluation_and_one_standard_error_and_half_more():
+def test_drift_is_that_of_an_evaluation_one_standard_error_and_new_sources():
     """In squares, of which the error is taken; both sums in float64."""
     candidate = network(nudged(0.05))
     drift = evaluate(network(), candidate, Samples({"x": X})).relative_l2
