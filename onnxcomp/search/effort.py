@@ -18,8 +18,8 @@ from onnxcomp.search.settings import Settings
 from onnxcomp.search.store import Store
 
 _MEASURED_SAMPLES = 128  # that losses are measured on, fewer where that is much work
-_LEAST_MEASURED = 24
-_MEASURED_MACS = 25 * 10**12
+_LEAST_MEASURED = 16
+_MEASURED_MACS = 12 * 10**12
 _RUNS = 5  # of the whole network, for the options of one node
 _BATCH = 32
 _BATCHES = 4  # at least, as batches are what runs side by side
