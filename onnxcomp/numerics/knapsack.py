@@ -283,9 +283,9 @@ def _undominated(table: Table, domains: Sequence[int], limited: NDArray[np.bool_
     for place, variable in enumerate(table.scope):
         key = key * domains[variable] + table.states[:, place]
     measures = np.column_stack([table.loss, table.costs[:, limited]])
+    order = np.argsort(key, kind="stable")
     kept = []
-    for state in np.unique(key):
-        rows = np.flatnonzero(key == state)
+    for rows in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
         group = measures[rows]
         no_worse = (group[:, None] <= group[None]).all(axis=2)  # [i, j]: i is no worse than j
         earlier = np.arange(len(rows))[:, None] < np.arange(len(rows))[None]

@@ -336,13 +336,17 @@ class RowMoments:
         """Variance of the targets, summed over the outputs."""
         return float(np.vdot(self.y, self.y)) / self.count
 
+    def outputs(self, W: Array) -> Array:
+        """Return ``O = X W^T`` of shape (n, rows of W): ``O^T O = n W S W^T``."""
+        return self._outputs(W, self.x)
+
     def times(self, W: Array) -> Array:
         """Return ``W S``."""
-        return self._back(self._outputs(W, self.x)) / self.count
+        return self._back(self.outputs(W)) / self.count
 
     def quadratic(self, W: Array) -> Array:
         """Return ``W S W^T``."""
-        outputs = self._outputs(W, self.x)
+        outputs = self.outputs(W)
         return symmetric(outputs.T @ outputs) / self.count
 
     def column_energy(self) -> Array:

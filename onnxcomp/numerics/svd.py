@@ -23,7 +23,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh, qr, solve_triangular
+from scipy.linalg import eigh, qr, solve_triangular, svd, svdvals
 
 from onnxcomp.errors import DataError, ParameterError
 from onnxcomp.numerics.factorization import (
@@ -43,6 +43,7 @@ from onnxcomp.numerics.least_squares import (
     symmetric,
     top_eigen,
 )
+from onnxcomp.numerics.moments import RowMoments
 
 Array: TypeAlias = NDArray[np.float64]
 Shape: TypeAlias = tuple[int, int, int, int]
@@ -69,7 +70,12 @@ def output_basis(W: Array, metric: PatchMetric | None, rank: int) -> Factorizati
     """
     kernel, matrix = _matrix(W, metric, rank, "output_basis")
     Q, R = _spanned(matrix)
-    energy, V = top_eigen(_outputs(R, metric), rank)
+    outputs = _few_outputs(R, metric)
+    if outputs is not None and rank <= len(outputs):
+        _, roots, modes = svd(outputs, full_matrices=False)
+        energy, V = roots[:rank] ** 2, modes[:rank].T
+    else:
+        energy, V = top_eigen(_outputs(R, metric), rank)
     U = Q @ V
     B = (U.T @ matrix).reshape(rank, *kernel.shape[1:])
     return balanced("output_basis", (B, U[:, :, None, None]), (energy,))
@@ -79,8 +85,13 @@ def output_basis_errors(W: Array, metric: PatchMetric | None, top: int | None = 
     """Return the exact error at every rank 0..min(m, d), or only up to `top`."""
     _, matrix = _matrix(W, metric, 1, "output_basis")
     _, R = _spanned(matrix)
-    values = eigh(_outputs(R, metric), eigvals_only=True)
-    return _tail(np.clip(values[::-1], 0.0, None))[: None if top is None else top + 1]
+    outputs = _few_outputs(R, metric)
+    if outputs is not None:
+        energy = np.zeros(len(R))
+        energy[: len(outputs)] = svdvals(outputs) ** 2
+    else:
+        energy = np.clip(eigh(_outputs(R, metric), eigvals_only=True)[::-1], 0.0, None)
+    return _tail(energy)[: None if top is None else top + 1]
 
 
 # ------------------------------------------------------- a basis repeated at every offset
@@ -294,6 +305,13 @@ def _spanned(matrix: Array) -> tuple[Array, Array]:
         return np.eye(m), matrix
     Q, R = np.linalg.qr(matrix)
     return Q, R
+
+
+def _few_outputs(matrix: Array, metric: PatchMetric | None) -> Array | None:
+    """Return O with ``O^T O = matrix S matrix^T`` where S is of rows too few to form that."""
+    if not isinstance(metric, RowMoments) or 2 * metric.count > len(matrix):
+        return None
+    return np.asarray(metric.outputs(matrix) / np.sqrt(metric.count))
 
 
 def _outputs(matrix: Array, metric: PatchMetric | None) -> Array:

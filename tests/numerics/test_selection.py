@@ -70,6 +70,7 @@ def test_elimination_is_greedy_with_refit(seed, channels, kinds, delay):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "_DELAY", delay)
+        patch.setattr(selection, "_DELAYED", 3)
         got = eliminate(readers, channels, damping=DAMPING)
     order, losses = brute_force(readers, channels)
     np.testing.assert_allclose(got.losses, losses, rtol=1e-5, atol=1e-8 * losses[-1])
@@ -137,10 +138,16 @@ def test_a_reader_that_weighs_more_decides():
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 7), st.integers(1, 3), st.integers(2, 40))
-def test_rows_select_by_contributions(seed, channels, k, n):
+@given(
+    st.integers(0, 10**6),
+    st.integers(2, 7),
+    st.integers(1, 3),
+    st.integers(2, 40),
+    st.sampled_from([3, 60]),  # outputs; of many, channels with few columns go by columns
+)
+def test_rows_select_by_contributions(seed, channels, k, n, m):
     rng = np.random.default_rng(seed)
-    d, m = channels * k + 2, 3
+    d = channels * k + 2
     x, W = rows(seed, n, d), rng.normal(size=(m, d))
     columns = rng.permutation(d)[: channels * k].reshape(channels, k)
     metric = RowMoments.of(x, x @ W.T)
@@ -148,7 +155,7 @@ def test_rows_select_by_contributions(seed, channels, k, n):
     shares = np.stack([(centred[:, c] @ W[:, c].T).reshape(-1) for c in columns])
     gram = shares @ shares.T / n
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_GRAM_VALUES", 3 * channels * 5)  # several blocks of rows
+        patch.setattr(selection, "_GRAM_VALUES", 3 * channels * 5)  # several blocks
         got = contribution_gram(W, metric, columns)
     scale = np.abs(gram).max() + 1e-12
     np.testing.assert_allclose(got, gram, atol=1e-5 * scale)

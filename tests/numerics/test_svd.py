@@ -16,6 +16,7 @@ from onnxcomp.numerics.svd import (
     FORMS,
     input_basis,
     output_basis,
+    output_basis_errors,
     spatial,
     tucker2,
     tucker_ranks,
@@ -301,6 +302,25 @@ def test_rows_are_enough_for_the_output_basis_and_its_refit():
     np.testing.assert_allclose(refit(dual, W, rows).dense(), dense.dense(), atol=1e-4)
     with pytest.raises(ParameterError, match="only output_basis"):
         input_basis(W, rows, 2)
+
+
+@pytest.mark.parametrize("m", [8, 40])
+@pytest.mark.parametrize("wide", [True, False])
+def test_few_rows_give_the_optimum_of_their_moments(m, wide):
+    """Through the outputs of 12 rows where that is less work than their products."""
+    W, _, _ = case(18, (m, 50 if wide else 30, 1, 1), rows=400)
+    x = np.random.default_rng(18).normal(size=(12, W.shape[1]))
+    x *= np.geomspace(1, 0.1, 12)[:, None]
+    metric = RowMoments.of(x, x @ W[:, :, 0, 0].T)
+    errors = output_basis_errors(W, metric)
+    values = np.linalg.eigvalsh(metric.quadratic(W[:, :, 0, 0]))[::-1].clip(0)
+    want = np.append(np.cumsum(values[::-1])[::-1], 0.0)
+    np.testing.assert_allclose(errors, want[: len(errors)], atol=1e-9 * want[0])
+    for rank in (1, 3, 8):
+        lost = squared_error(W, output_basis(W, metric, rank).dense(), metric)
+        assert lost == pytest.approx(errors[rank], rel=1e-6, abs=1e-9 * errors[0])
+    plain = squared_error(W, output_basis(W, None, 3).dense(), metric)
+    assert plain > 1.01 * errors[3]
 
 
 def test_tucker_ranks_are_equal_shares():
