@@ -10,14 +10,15 @@ of its shared variables; the programme (the local polytope with integer points) 
                 sum_i z[t, i] = 1                              every table takes one option
                 sum_t sum_i costs[t, i, l] z[t, i] <= limits[l]
 
-solved by HiGHS through `scipy.optimize.milp`.
+solved by HiGHS through `scipy.optimize.milp`, with those rows only that `Relaxation` leaves:
+of hundreds of thousands a few hundred can be part of a choice that is better than one known.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +26,10 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array, vstack
 
 from onnxcomp.errors import LimitError, ParameterError
+from onnxcomp.numerics.option_tables import Rows, Table
+from onnxcomp.numerics.relaxation import Relaxation
 
 Array: TypeAlias = NDArray[np.float64]
-States: TypeAlias = NDArray[np.integer[Any]]
-Rows: TypeAlias = NDArray[np.intp]
 
 _SCALE = 1e3  # largest loss and every limit as HiGHS sees them; its tolerances are absolute
 _COARSE = 1e-3  # an optimum below this share of the largest loss is solved again, rescaled
@@ -37,23 +38,6 @@ _ATTEMPTS = 8
 _TIGHTEN = 1e-9  # first step of tightening a limit, relative
 _EXPLAIN_S = 30.0  # seconds for each question of why nothing fits
 _INFEASIBLE = 2  # scipy's status
-
-
-@dataclass(frozen=True)
-class Table:
-    """The options of one unit.
-
-    Attributes:
-        scope: distinct indices of shared variables, often none or two.
-        states: integer, shape (n, len(scope)): each option's values of these variables.
-        loss: shape (n,), finite.
-        costs: shape (n, L), finite, one column per limit.
-    """
-
-    scope: tuple[int, ...]
-    states: States
-    loss: Array
-    costs: Array
 
 
 @dataclass(frozen=True)
@@ -87,6 +71,7 @@ def allocate(
     *,
     time_limit_s: float = 60.0,
     relative_gap: float = 1e-3,
+    most: float = np.inf,
 ) -> Allocation:
     """Choose one option per table and one value per variable with the least total loss.
 
@@ -96,23 +81,25 @@ def allocate(
         limits: upper bounds of the summed costs, shape (L,); inf for none.
         time_limit_s: wall-clock seconds, after which the best choice so far is returned.
         relative_gap: distance from the optimum at which the search may stop.
+        most: loss above which a choice is of no use.
 
     Raises:
         ParameterError: a table does not fit the domains or the limits, or the tables agree on
             no values at all.
         LimitError: the limits cannot be met; the message names the first that fails and the
-            smallest cost within reach.
+            smallest cost within reach. Or every choice within them loses more than `most`.
         SolverTimeoutError: the time ended before any choice was found.
     """
     limits = np.asarray(limits, np.float64)
     if not tables:
         raise ParameterError.of("allocate", "tables", "at least one table", len(tables))
     for index, table in enumerate(tables):
-        _check(index, table, domains, limits)
+        table.check(f"allocate: table {index}", domains, len(limits))
     deadline = time.monotonic() + time_limit_s
     losses = [np.asarray(table.loss - table.loss.min(), np.float64) for table in tables]
-    rows = [_undominated(table, domains, np.isfinite(limits)) for table in tables]
-    best: Allocation | None = None
+    best, rows = _relaxed(domains, tables, losses, limits, most, deadline)
+    if best is not None and best.gap <= relative_gap:
+        return best
     while True:
         programme = _Programme(domains, tables, rows)
         scale = max((float(x[r].max()) for x, r in zip(losses, rows, strict=True)), default=0)
@@ -120,7 +107,7 @@ def allocate(
         if found is None:
             break
         best = found if best is None or found.loss <= best.loss else best
-        excess = sum(float(x[i]) for x, i in zip(losses, best.options, strict=True))
+        excess = _excess(losses, best.options)
         # HiGHS's tolerances hide differences far below the largest loss, and no option that
         # alone loses more than a known choice can be part of a better one
         if excess >= _COARSE * scale:
@@ -131,6 +118,49 @@ def allocate(
             f"no choice within the limits was found in {time_limit_s:g} s; allow more time"
         )
     return best
+
+
+def _relaxed(
+    domains: Sequence[int],
+    tables: Sequence[Table],
+    losses: Sequence[Array],
+    limits: Array,
+    most: float,
+    deadline: float,
+) -> tuple[Allocation | None, list[Rows]]:
+    """Return the best choice that Lagrange multipliers give, and rows that can better it."""
+    limited = np.isfinite(limits)
+    rows = [table.undominated(domains, limited) for table in tables]
+    relaxation = Relaxation(domains, tables, rows, limits, most)
+    relaxation.maximise(deadline)
+    options, rows = relaxation.options, relaxation.rows()
+    if not all(map(len, rows)):
+        raise LimitError(f"every choice within the limits loses more than {most:g}")
+    if options is None:
+        return None, rows
+    values = [0] * len(domains)
+    for table, row in zip(tables, options, strict=True):
+        for variable, state in zip(table.scope, table.states[row], strict=True):
+            values[variable] = int(state)
+    gap = _gap(losses, options, relaxation.bound)
+    return Allocation(tuple(values), options, *_totals(tables, options), gap), rows
+
+
+def _excess(losses: Sequence[Array], options: Sequence[int]) -> float:
+    """Return the summed loss of one row per table, from the tables' smallest ones."""
+    return sum(float(loss[i]) for loss, i in zip(losses, options, strict=True))
+
+
+def _gap(losses: Sequence[Array], options: Sequence[int], bound: float) -> float:
+    excess = _excess(losses, options)
+    return min(max((excess - bound) / excess, 0.0), 1.0) if excess > 0 else 0.0
+
+
+def _totals(tables: Sequence[Table], options: Sequence[int]) -> tuple[float, Array]:
+    """Return the summed loss and costs of one row per table."""
+    chosen = list(zip(tables, options, strict=True))
+    loss = sum(float(table.loss[i]) for table, i in chosen)
+    return loss, np.sum([table.costs[i] for table, i in chosen], axis=0, dtype=np.float64)
 
 
 def _solve(
@@ -160,13 +190,11 @@ def _solve(
                 raise programme.explain(limits)
             break
         values, options = programme.read(result.x)
-        loss, costs = programme.totals(options)
+        loss, costs = _totals(programme.tables, options)
         over = costs - limits
         if not (over > _ROUNDING * np.abs(limits)).any():
-            excess = sum(float(x[i]) for x, i in zip(losses, options, strict=True))
             bound = float(result.mip_dual_bound or 0.0) * scale / _SCALE
-            gap = min(max((excess - bound) / excess, 0.0), 1.0) if excess > 0 else 0.0
-            return Allocation(values, options, loss, costs, gap)
+            return Allocation(values, options, loss, costs, _gap(losses, options, bound))
         step = np.maximum(2 * over, _TIGHTEN * 4**attempt * np.abs(limits))
         allowed -= np.where(over > 0, step, 0.0)
     raise LimitError(
@@ -180,7 +208,7 @@ class _Programme:
     def __init__(
         self, domains: Sequence[int], tables: Sequence[Table], rows: Sequence[Rows]
     ) -> None:
-        self._tables, self._rows = tables, rows
+        self.tables, self._rows = tables, rows
         self._x = list(accumulate(domains, initial=0))
         self._z = list(accumulate((len(r) for r in rows), initial=self._x[-1]))
         equations: list[tuple[list[int], list[int], int]] = [  # plus, minus, right-hand side
@@ -218,7 +246,7 @@ class _Programme:
         matrix, upper = [self._equal], [self._sides]
         lower = [self._sides]
         for index in np.flatnonzero(np.isfinite(limits)):
-            costs = self.spread([table.costs[:, index] for table in self._tables])
+            costs = self.spread([table.costs[:, index] for table in self.tables])
             size = max(abs(limits[index]), float(np.abs(costs).max(initial=0))) or 1.0
             matrix.append(csr_array(costs[None] * (_SCALE / size)))
             upper.append(np.array([limits[index] * (_SCALE / size)]))
@@ -246,12 +274,6 @@ class _Programme:
         ]
         return tuple(values), tuple(options)
 
-    def totals(self, options: Sequence[int]) -> tuple[float, Array]:
-        """Return the summed loss and costs of one row per table."""
-        chosen = list(zip(self._tables, options, strict=True))
-        loss = sum(float(table.loss[i]) for table, i in chosen)
-        return loss, np.sum([table.costs[i] for table, i in chosen], axis=0, dtype=np.float64)
-
     def explain(self, limits: Array) -> LimitError | ParameterError:
         """Return why nothing meets the limits: the first that fails alone or after others."""
         finite: list[int] = np.flatnonzero(np.isfinite(limits)).tolist()
@@ -262,12 +284,12 @@ class _Programme:
         for held, index in [([], index) for index in finite] + after:
             under = free.copy()
             under[held] = limits[held]
-            costs = self.spread([table.costs[:, index] for table in self._tables])
+            costs = self.spread([table.costs[:, index] for table in self.tables])
             size = float(np.abs(costs).max(initial=0)) or 1.0
             result = self.minimise(costs * (_SCALE / size), under, _EXPLAIN_S, 0.0)
             if result.x is None:
                 break
-            smallest = float(self.totals(self.read(result.x)[1])[1][index])
+            smallest = float(_totals(self.tables, self.read(result.x)[1])[1][index])
             if smallest > limits[index]:
                 besides = f" under limits {held}" if held else ""
                 return LimitError(
@@ -275,43 +297,3 @@ class _Programme:
                     f"{besides} is {smallest:g}; raise this limit or allow more options"
                 )
         return LimitError(f"the limits {limits.tolist()} cannot be met together; raise some")
-
-
-def _undominated(table: Table, domains: Sequence[int], limited: NDArray[np.bool_]) -> Rows:
-    """Return the rows that no other row of the same state beats in loss and limited costs."""
-    key = np.zeros(len(table.loss), np.intp)
-    for place, variable in enumerate(table.scope):
-        key = key * domains[variable] + table.states[:, place]
-    measures = np.column_stack([table.loss, table.costs[:, limited]])
-    order = np.argsort(key, kind="stable")
-    kept = []
-    for rows in np.split(order, np.flatnonzero(np.diff(key[order])) + 1):
-        group = measures[rows]
-        no_worse = (group[:, None] <= group[None]).all(axis=2)  # [i, j]: i is no worse than j
-        earlier = np.arange(len(rows))[:, None] < np.arange(len(rows))[None]
-        beats = no_worse & (~no_worse.T | earlier)
-        kept.append(rows[~beats.any(axis=0)])
-    return np.sort(np.concatenate(kept))
-
-
-def _check(index: int, table: Table, domains: Sequence[int], limits: Array) -> None:
-    owner, n = f"allocate: table {index}", len(table.loss)
-    scope = table.scope
-    if len(set(scope)) < len(scope) or not set(scope) <= set(range(len(domains))):
-        raise ParameterError.of(
-            owner, "scope", f"distinct variables below {len(domains)}", scope
-        )
-    if not n or table.states.shape != (n, len(scope)) or table.costs.shape != (n, len(limits)):
-        raise ParameterError.of(
-            owner,
-            "states, costs",
-            f"of shapes (n, {len(scope)}) and (n, {len(limits)}) for n > 0 losses",
-            (table.states.shape, table.costs.shape, n),
-        )
-    if not (np.isfinite(table.loss).all() and np.isfinite(table.costs).all()):
-        raise ParameterError.of(owner, "loss, costs", "finite", "NaN or inf")
-    sizes = np.array([domains[variable] for variable in scope], np.intp)
-    if (table.states < 0).any() or (table.states >= sizes).any():
-        raise ParameterError.of(
-            owner, "states", f"below the domains' sizes {sizes.tolist()}", table.states.max(0)
-        )

@@ -17,7 +17,8 @@ import numpy as np
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.deadline import Deadline
 from onnxcomp.errors import LimitError
-from onnxcomp.numerics.knapsack import Allocation, SolverTimeoutError, Table, allocate
+from onnxcomp.numerics.knapsack import Allocation, SolverTimeoutError, allocate
+from onnxcomp.numerics.option_tables import Table
 from onnxcomp.passes.base import Option
 from onnxcomp.search.losses import Losses
 from onnxcomp.search.settings import Limits, Row
@@ -174,7 +175,8 @@ class Allocator:
                 return best
             left = None if best is None else deadline.left
             try:
-                plan, estimate = self._solve(bound + slack, names, assumed, goal, left)
+                most = np.inf if best is None else goal.of(best)
+                plan, estimate = self._solve(bound + slack, names, assumed, goal, most, left)
             except LimitError as error:
                 if best is not None:
                     return best
@@ -231,9 +233,19 @@ class Allocator:
         names: Sequence[str],
         assumed: Mapping[str, int],
         goal: _Goal,
+        most: float,
         seconds: float | None,
     ) -> tuple[Plan, Row]:
-        """Solve one programme; return its plan and what it believes the plan costs."""
+        """Solve one programme; return its plan and what it believes the plan costs.
+
+        Args:
+            bound: Limits on predicted seconds, MACs, parameters and bytes.
+            names: Groups that may change.
+            assumed: Widths of groups where a table has no room for them.
+            goal: What to minimise.
+            most: What a plan may reach of it to be of use.
+            seconds: Time limit; None allows as much as it takes to find anything.
+        """
         domains = {name: self._domain(name, goal.loss) for name in names}
         index = {name: i for i, name in enumerate([*names, *self._tables.choices])}
         linears = list(self._space.facts.linears.values())
@@ -250,7 +262,8 @@ class Allocator:
         tables = [table.table(goal.column) for table in [*rows, rest]]
         sizes = [len(domains[n]) for n in names]
         sizes += [len(choices) for choices in self._tables.choices.values()]
-        found = self._allocate(sizes, tables, np.array([goal.loss, *bound]), seconds)
+        loss = np.inf if goal.column == _LOSS else goal.loss  # else `most` says the same
+        found = self._allocate(sizes, tables, np.array([loss, *bound]), most, seconds)
         widths = {
             name: domains[name][value]
             for name, value in zip(names, found.values, strict=False)
@@ -278,12 +291,14 @@ class Allocator:
         sizes: Sequence[int],
         tables: Sequence[Table],
         limits: Row,
+        most: float,
         seconds: float | None,
     ) -> Allocation:
         """Solve in so many seconds; without, in as many as it takes to find anything."""
 
         def solved(seconds: float) -> Allocation:
-            return allocate(sizes, tables, limits, time_limit_s=seconds, relative_gap=_GAP)
+            limit = {"time_limit_s": seconds, "relative_gap": _GAP, "most": most}
+            return allocate(sizes, tables, limits, **limit)
 
         if seconds is not None:
             return solved(seconds)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from onnxcomp.analysis.cost import is_parameter
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.target import Convolution
-from onnxcomp.numerics.knapsack import Table
+from onnxcomp.numerics.option_tables import Table
 from onnxcomp.passes.base import Option
 from onnxcomp.search.choices import Choice, find_choices
 from onnxcomp.search.losses import Losses

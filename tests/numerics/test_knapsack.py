@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 
 from onnxcomp.errors import LimitError, ParameterError
 from onnxcomp.numerics import knapsack
-from onnxcomp.numerics.knapsack import Table, allocate
+from onnxcomp.numerics.knapsack import allocate
+from onnxcomp.numerics.option_tables import Table
+from onnxcomp.numerics.relaxation import Relaxation
+from tests.numerics.knapsack_problems import brute_force, coupled
 
 
 def free_tables(seed, count, options, kinds=1, decades=0.0):
@@ -36,22 +39,6 @@ def allocate_exact_dp(tables, limit):
                 np.minimum(after[cost:], best[: limit + 1 - cost] + loss, out=after[cost:])
         best = after
     return best.min()
-
-
-def brute_force(domains, tables, limits):
-    """The least loss over all values and options, and the smallest reachable costs."""
-    best, smallest = np.inf, np.full(len(limits), np.inf)
-    for values in product(*map(range, domains)):
-        choices = []
-        for table in tables:
-            state = [values[v] for v in table.scope]
-            choices.append(np.flatnonzero((table.states == state).all(axis=1)))
-        for options in product(*choices):
-            costs = sum(t.costs[i] for t, i in zip(tables, options, strict=True))
-            smallest = np.minimum(smallest, costs)
-            if (costs <= limits).all():
-                best = min(best, sum(t.loss[i] for t, i in zip(tables, options, strict=True)))
-    return best, smallest
 
 
 def check_consistent(found, tables, limits):
@@ -82,33 +69,6 @@ def test_the_oracle_bites():
     assert allocate_exact_dp(tables, 60) < found.loss - 1e-3
 
 
-@st.composite
-def coupled(draw):
-    """Small problems with shared variables and one or two limits."""
-    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
-    domains = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
-    kinds = draw(st.integers(1, 2))
-    tables = []
-    for _ in range(draw(st.integers(1, 4))):
-        size = draw(st.integers(0, min(2, len(domains))))
-        scope = tuple(rng.permutation(len(domains))[:size].tolist())
-        every = list(product(*(range(domains[v]) for v in scope)))
-        states = every + [every[i] for i in rng.integers(0, len(every), 2)]
-        n = len(states)
-        tables.append(
-            Table(
-                scope,
-                np.array(states, int).reshape(n, size),
-                rng.random(n),
-                rng.integers(0, 6, (n, kinds)).astype(float),
-            )
-        )
-    limits = np.array(
-        [draw(st.one_of(st.just(np.inf), st.integers(0, 16))) for _ in range(kinds)]
-    )
-    return domains, tables, limits.astype(float)
-
-
 @settings(max_examples=60, deadline=None)
 @given(coupled())
 def test_coupled_problems_equal_brute_force(problem):
@@ -124,6 +84,21 @@ def test_coupled_problems_equal_brute_force(problem):
         return
     found = allocate(domains, tables, limits, relative_gap=0)
     check_consistent(found, tables, limits)
+    assert found.loss == pytest.approx(want, abs=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(coupled(), st.floats(0.8, 1.2))
+def test_choices_of_too_much_loss_are_of_no_use(problem, share):
+    domains, tables, limits = problem
+    want, _ = brute_force(domains, tables, limits)
+    if np.isinf(want) or abs(share - 1) < 1e-6:
+        return
+    if share < 1:
+        with pytest.raises(LimitError):
+            allocate(domains, tables, limits, most=share * want)
+        return
+    found = allocate(domains, tables, limits, relative_gap=0, most=share * want)
     assert found.loss == pytest.approx(want, abs=1e-6)
 
 
@@ -217,6 +192,11 @@ def test_the_gap_is_honest_at_the_time_limit(monkeypatch):
         allocate([], tables, limits, time_limit_s=0)
     nothing = SimpleNamespace(x=None, status=1)
     monkeypatch.setattr(knapsack, "milp", lambda *a, **k: nothing)
+    relaxed = allocate([], tables, limits, relative_gap=0)
+    check_consistent(relaxed, tables, limits)
+    assert (relaxed.loss - floor) * (1 - relaxed.gap) <= optimum.loss - floor + 1e-9
+    assert relaxed.gap > 0
+    monkeypatch.setattr(Relaxation, "maximise", lambda *a: None)
     with pytest.raises(LimitError, match="allow more time"):
         allocate([], tables, limits)
 
@@ -245,8 +225,8 @@ def test_only_rows_beaten_within_their_state_are_dropped():
     costs = np.array([[2.0, 7], [2, 0], [3, 0], [9, 0], [9, 0], [8, 0]])
     table = Table((0,), states, loss, costs)
     first_only = np.array([True, False])
-    assert knapsack._undominated(table, [2], first_only).tolist() == [0, 2, 4, 5]
-    assert knapsack._undominated(table, [2], ~first_only).tolist() == [2, 4]
+    assert table.undominated([2], first_only).tolist() == [0, 2, 4, 5]
+    assert table.undominated([2], ~first_only).tolist() == [2, 4]
 
 
 def test_misfits_are_named():
