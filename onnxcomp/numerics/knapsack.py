@@ -103,7 +103,12 @@ def allocate(
     while True:
         programme = _Programme(domains, tables, rows)
         scale = max((float(x[r].max()) for x, r in zip(losses, rows, strict=True)), default=0)
-        found = _solve(programme, losses, scale or 1.0, limits, deadline, relative_gap)
+        try:
+            found = _solve(programme, losses, scale or 1.0, limits, deadline, relative_gap)
+        except LimitError:
+            if best is None:
+                raise
+            found = None  # no other meets them beyond rounding
         if found is None:
             break
         best = found if best is None or found.loss <= best.loss else best

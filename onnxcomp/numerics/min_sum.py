@@ -26,7 +26,7 @@ class MinSum:
     """An order in which to eliminate the variables of functions with given scopes.
 
     Attributes:
-        largest: Values of the largest clique; memory and time are in proportion.
+        size: Values of all cliques together; memory and time are in proportion.
     """
 
     def __init__(self, domains: Sequence[int], scopes: Sequence[Sequence[int]]) -> None:
@@ -60,7 +60,7 @@ class MinSum:
         self._parents = [
             min((place[v] for v in clique[:-1]), default=-1) for clique in self._cliques
         ]
-        self.largest = max(map(self._size, self._cliques), default=1)
+        self.size = sum(map(self._size, self._cliques))
 
     def minimum(self, functions: Sequence[Array]) -> tuple[float, tuple[int, ...]]:
         """Return the least sum, inf if every sum is, and values of the variables that have it.
@@ -82,11 +82,8 @@ class MinSum:
         roots = [m for m, parent in zip(messages, self._parents, strict=True) if parent < 0]
         found = [np.full_like(function, least) for function in functions]
         for index in range(len(self._cliques) - 1, -1, -1):
-            clique, parent, message = (
-                self._cliques[index],
-                self._parents[index],
-                messages[index],
-            )
+            clique, parent = self._cliques[index], self._parents[index]
+            message = messages[index]
             if parent < 0:  # the sums of the other trees
                 outside = np.asarray(sum(float(m) for m in roots if m is not message))
                 outside = outside + sum(float(functions[f]) for f in self._constants)

@@ -28,7 +28,7 @@ from onnxcomp.numerics.option_tables import Rows, Table
 Array: TypeAlias = NDArray[np.float64]
 Options: TypeAlias = tuple[int, ...]
 
-_LARGEST = 2**21  # values of a clique up to which variables are eliminated
+_LARGEST = 2**24  # values of all cliques together up to which variables are eliminated
 _SWEEPS, _STEPS = 3, 40  # over the multipliers, and of one
 _STEEP = 1e6  # largest multiplier, in losses per cost, both relative to all that there are
 _RAISES, _RAISE = 30, 1.3  # of multipliers, where no choice within all limits was met
@@ -81,7 +81,7 @@ class Relaxation:
 
     def maximise(self, deadline: float) -> None:
         """Raise the bound until there is nothing to gain, or `time.monotonic` is so late."""
-        if self._tree.largest > _LARGEST or time.monotonic() >= deadline:
+        if self._tree.size > _LARGEST or time.monotonic() >= deadline:
             return
         u = np.zeros(len(self._bound))
         if not np.isfinite(self._tree.minimum(self._functions(u))[0]):

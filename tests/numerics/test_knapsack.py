@@ -201,6 +201,20 @@ def test_the_gap_is_honest_at_the_time_limit(monkeypatch):
         allocate([], tables, limits)
 
 
+def test_a_known_choice_survives_a_programme_that_fails(monkeypatch):
+    tables, limits = free_tables(8, 10, 6), np.array([70.0])
+    want = allocate([], tables, limits, relative_gap=1.0)
+
+    def failed(*args):
+        raise LimitError("met only up to rounding")
+
+    monkeypatch.setattr(knapsack, "_solve", failed)
+    assert allocate([], tables, limits, relative_gap=0).options == want.options
+    monkeypatch.setattr(Relaxation, "maximise", lambda *a: None)
+    with pytest.raises(LimitError, match="up to rounding"):
+        allocate([], tables, limits)
+
+
 def test_thirty_units_on_four_shared_widths_are_solved():
     rng = np.random.default_rng(9)
     tables = []
