@@ -34,6 +34,7 @@ Array: TypeAlias = NDArray[np.float64]
 _SCALE = 1e3  # largest loss and every limit as HiGHS sees them; its tolerances are absolute
 _COARSE = 1e-3  # an optimum below this share of the largest loss is solved again, rescaled
 _ROUNDING = 1e-13  # relative, of summed costs
+_EQUAL = 1e-9  # relative, of losses summed in another order
 _ATTEMPTS = 8
 _TIGHTEN = 1e-9  # first step of tightening a limit, relative
 _EXPLAIN_S = 30.0  # seconds for each question of why nothing fits
@@ -98,8 +99,28 @@ def allocate(
     deadline = time.monotonic() + time_limit_s
     losses = [np.asarray(table.loss - table.loss.min(), np.float64) for table in tables]
     best, rows = _relaxed(domains, tables, losses, limits, most, deadline)
-    if best is not None and best.gap <= relative_gap:
-        return best
+    if best is None or best.gap > relative_gap:
+        best = _exact(domains, tables, losses, limits, rows, best, deadline, relative_gap)
+    if best is None:
+        raise SolverTimeoutError(
+            f"no choice within the limits was found in {time_limit_s:g} s; allow more time"
+        )
+    if best.loss - most > _EQUAL * abs(most):
+        raise _useless(most)
+    return best
+
+
+def _exact(
+    domains: Sequence[int],
+    tables: Sequence[Table],
+    losses: Sequence[Array],
+    limits: Array,
+    rows: list[Rows],
+    best: Allocation | None,
+    deadline: float,
+    relative_gap: float,
+) -> Allocation | None:
+    """Return the best choice of some rows, or a known one that is no worse, if any."""
     while True:
         programme = _Programme(domains, tables, rows)
         scale = max((float(x[r].max()) for x, r in zip(losses, rows, strict=True)), default=0)
@@ -110,19 +131,14 @@ def allocate(
                 raise
             found = None  # no other meets them beyond rounding
         if found is None:
-            break
+            return best
         best = found if best is None or found.loss <= best.loss else best
         excess = _excess(losses, best.options)
         # HiGHS's tolerances hide differences far below the largest loss, and no option that
         # alone loses more than a known choice can be part of a better one
         if excess >= _COARSE * scale:
-            break
+            return best
         rows = [r[x[r] <= excess] for x, r in zip(losses, rows, strict=True)]
-    if best is None:
-        raise SolverTimeoutError(
-            f"no choice within the limits was found in {time_limit_s:g} s; allow more time"
-        )
-    return best
 
 
 def _relaxed(
@@ -140,7 +156,7 @@ def _relaxed(
     relaxation.maximise(deadline)
     options, rows = relaxation.options, relaxation.rows()
     if not all(map(len, rows)):
-        raise LimitError(f"every choice within the limits loses more than {most:g}")
+        raise _useless(most)
     if options is None:
         return None, rows
     values = [0] * len(domains)
@@ -149,6 +165,10 @@ def _relaxed(
             values[variable] = int(state)
     gap = _gap(losses, options, relaxation.bound)
     return Allocation(tuple(values), options, *_totals(tables, options), gap), rows
+
+
+def _useless(most: float) -> LimitError:
+    return LimitError(f"every choice within the limits loses more than {most:g}")
 
 
 def _excess(losses: Sequence[Array], options: Sequence[int]) -> float:
