@@ -15,8 +15,9 @@ of hundreds of thousands a few hundred can be part of a choice that is better th
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TypeAlias
 
@@ -88,7 +89,8 @@ def allocate(
         ParameterError: a table does not fit the domains or the limits, or the tables agree on
             no values at all.
         LimitError: the limits cannot be met; the message names the first that fails and the
-            smallest cost within reach. Or every choice within them loses more than `most`.
+            smallest cost within reach. Or no choice within them that loses at most `most` was
+            found, which a gap hides if it is hardly less.
         SolverTimeoutError: the time ended before any choice was found.
     """
     limits = np.asarray(limits, np.float64)
@@ -96,11 +98,14 @@ def allocate(
         raise ParameterError.of("allocate", "tables", "at least one table", len(tables))
     for index, table in enumerate(tables):
         table.check(f"allocate: table {index}", domains, len(limits))
+    if min(domains, default=1) < 1:
+        raise ParameterError.of("allocate", "domains", "all positive", list(domains))
     deadline = time.monotonic() + time_limit_s
     losses = [np.asarray(table.loss - table.loss.min(), np.float64) for table in tables]
-    best, rows = _relaxed(domains, tables, losses, limits, most, deadline)
+    best, rows = _relaxed(domains, tables, losses, limits, most, time_limit_s / 2)
     if best is None or best.gap > relative_gap:
-        best = _exact(domains, tables, losses, limits, rows, best, deadline, relative_gap)
+        programme_of = partial(_Programme, domains, tables, most)
+        best = _exact(programme_of, losses, limits, rows, best, deadline, relative_gap)
     if best is None:
         raise SolverTimeoutError(
             f"no choice within the limits was found in {time_limit_s:g} s; allow more time"
@@ -111,8 +116,7 @@ def allocate(
 
 
 def _exact(
-    domains: Sequence[int],
-    tables: Sequence[Table],
+    programme_of: Callable[[list[Rows]], "_Programme"],
     losses: Sequence[Array],
     limits: Array,
     rows: list[Rows],
@@ -122,8 +126,8 @@ def _exact(
 ) -> Allocation | None:
     """Return the best choice of some rows, or a known one that is no worse, if any."""
     while True:
-        programme = _Programme(domains, tables, rows)
-        scale = max((float(x[r].max()) for x, r in zip(losses, rows, strict=True)), default=0)
+        programme = programme_of(rows)
+        scale = max(float(x[r].max()) for x, r in zip(losses, rows, strict=True))
         try:
             found = _solve(programme, losses, scale or 1.0, limits, deadline, relative_gap)
         except LimitError:
@@ -147,28 +151,24 @@ def _relaxed(
     losses: Sequence[Array],
     limits: Array,
     most: float,
-    deadline: float,
+    seconds: float,
 ) -> tuple[Allocation | None, list[Rows]]:
     """Return the best choice that Lagrange multipliers give, and rows that can better it."""
     limited = np.isfinite(limits)
     rows = [table.undominated(domains, limited) for table in tables]
     relaxation = Relaxation(domains, tables, rows, limits, most)
-    relaxation.maximise(deadline)
+    relaxation.maximise(time.monotonic() + seconds)
     options, rows = relaxation.options, relaxation.rows()
-    if not all(map(len, rows)):
-        raise _useless(most)
     if options is None:
+        if not all(map(len, rows)):
+            raise _useless(most)
         return None, rows
-    values = [0] * len(domains)
-    for table, row in zip(tables, options, strict=True):
-        for variable, state in zip(table.scope, table.states[row], strict=True):
-            values[variable] = int(state)
     gap = _gap(losses, options, relaxation.bound)
-    return Allocation(tuple(values), options, *_totals(tables, options), gap), rows
+    return Allocation(relaxation.values, options, *_totals(tables, options), gap), rows
 
 
 def _useless(most: float) -> LimitError:
-    return LimitError(f"every choice within the limits loses more than {most:g}")
+    return LimitError(f"no choice within the limits that loses at most {most:g} was found")
 
 
 def _excess(losses: Sequence[Array], options: Sequence[int]) -> float:
@@ -231,8 +231,13 @@ class _Programme:
     """The constraints of the tables' remaining rows; variables are x, then z."""
 
     def __init__(
-        self, domains: Sequence[int], tables: Sequence[Table], rows: Sequence[Rows]
+        self,
+        domains: Sequence[int],
+        tables: Sequence[Table],
+        most: float,
+        rows: Sequence[Rows],
     ) -> None:
+        self._most = most
         self.tables, self._rows = tables, rows
         self._x = list(accumulate(domains, initial=0))
         self._z = list(accumulate((len(r) for r in rows), initial=self._x[-1]))
@@ -301,6 +306,8 @@ class _Programme:
 
     def explain(self, limits: Array) -> LimitError | ParameterError:
         """Return why nothing meets the limits: the first that fails alone or after others."""
+        if np.isfinite(self._most):  # what fails may have lost its rows to that
+            return _useless(self._most)
         finite: list[int] = np.flatnonzero(np.isfinite(limits)).tolist()
         free = np.full(len(limits), np.inf)
         if self.minimise(np.zeros(self._z[-1]), free, _EXPLAIN_S, 0.0).x is None:

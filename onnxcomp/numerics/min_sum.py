@@ -2,9 +2,9 @@
 
 A function of some variables is an array with one axis per variable.  Eliminating a variable
 joins the functions that depend on it into a *clique* and leaves their least sum over it as a
-message to the clique of the next variable, so that a chain of layers takes a table for every
-two neighbours however long it is.  What comes back from the last clique gives every function
-its min-marginals: the least total with its own variables fixed.
+message to the clique of whichever other variable of it goes next, so that a chain of layers
+takes a table for every two neighbours however long it is.  What comes back from the last
+clique gives every function its min-marginals: the least total with its own variables fixed.
 
 R. Dechter, Bucket elimination: a unifying framework for reasoning, Artificial Intelligence 113
 (1999); the way back is that of min-sum belief propagation on the tree of cliques.
@@ -63,7 +63,7 @@ class MinSum:
         self.size = sum(map(self._size, self._cliques))
 
     def minimum(self, functions: Sequence[Array]) -> tuple[float, tuple[int, ...]]:
-        """Return the least sum, inf if every sum is, and values of the variables that have it.
+        """Return the least sum and values of the variables that have it; inf if every sum is.
 
         Args:
             functions: One array per scope; inf marks what is impossible.
@@ -79,18 +79,16 @@ class MinSum:
         """Return for every function the least sum at each of its own values, in its shape."""
         joined, messages = self._forwards(functions)
         least = self._least(functions, messages)
-        roots = [m for m, parent in zip(messages, self._parents, strict=True) if parent < 0]
         found = [np.full_like(function, least) for function in functions]
         for index in range(len(self._cliques) - 1, -1, -1):
             clique, parent = self._cliques[index], self._parents[index]
-            message = messages[index]
-            if parent < 0:  # the sums of the other trees
-                outside = np.asarray(sum(float(m) for m in roots if m is not message))
-                outside = outside + sum(float(functions[f]) for f in self._constants)
-            else:
-                with np.errstate(invalid="ignore"):
-                    outside = self._onto(joined[parent], self._cliques[parent], clique[:-1])
-                    outside = np.where(np.isfinite(message), outside - message, 0.0)
+            outside = np.asarray(least)
+            if parent >= 0:
+                outside = self._onto(joined[parent], self._cliques[parent], clique[:-1])
+            with np.errstate(invalid="ignore"):  # what is impossible within stays so
+                outside = np.where(
+                    np.isfinite(messages[index]), outside - messages[index], 0.0
+                )
             joined[index] = joined[index] + outside[..., None]
             for f in self._functions[index]:
                 found[f] = self._onto(joined[index], clique, self._scopes[f])

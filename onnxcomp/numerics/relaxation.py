@@ -30,10 +30,9 @@ Options: TypeAlias = tuple[int, ...]
 
 _LARGEST = 2**24  # values of all cliques together up to which variables are eliminated
 _SWEEPS, _STEPS = 3, 40  # over the multipliers, and of one
-_STEEP = 1e6  # largest multiplier, in losses per cost, both relative to all that there are
+_GENTLE, _STEEP = 1e-3, 1e6  # multipliers in losses per cost, both relative to their sums
 _RAISES, _RAISE = 30, 1.3  # of multipliers, where no choice within all limits was met
 _FLAT = 1e-6  # relative gain of L that ends the steps
-_ROUNDING = 1e-9  # of the largest loss: bounds are that inexact
 
 
 class Relaxation:
@@ -41,8 +40,11 @@ class Relaxation:
 
     Attributes:
         bound: Loss that every choice within the limits has at least, from the sum of the
-            tables' smallest ones; -inf before `maximise`, and where nothing was found.
-        options: The choice of least loss within the limits that was met, a row per table.
+            tables' smallest ones. -inf before `maximise`, where variables are too entangled
+            and where the tables agree on no values; any number where no choice is within.
+        options: The choice of least loss within the limits and `most` that was met, a row per
+            table; None where there was none.
+        values: Those of the variables under `options`.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Relaxation:
         self._least = most - sum(float(table.loss.min()) for table in tables)
         self.bound = -np.inf
         self.options: Options | None = None
+        self.values: tuple[int, ...] = ()
 
     def maximise(self, deadline: float) -> None:
         """Raise the bound until there is nothing to gain, or `time.monotonic` is so late."""
@@ -90,24 +93,26 @@ class Relaxation:
         for _ in range(_SWEEPS):
             before = self.bound
             for index in range(len(u)):
+                if time.monotonic() >= deadline:
+                    return
                 self._climb(u, index, deadline)
             if self.bound - before <= _FLAT * abs(self.bound) or len(u) == 1:
                 break
-        u = self._multipliers.copy()
+        u = self._multipliers
         for _ in range(_RAISES):
             if self.options is not None or time.monotonic() >= deadline:
                 return
             _, over = self._choose(u)
-            u[over > 0] *= _RAISE
+            u = np.where(over > 0, _RAISE * np.maximum(u, _GENTLE * self._losses), u)
 
     def rows(self) -> list[Rows]:
-        """Return the rows of choices that are no worse than `options`, and of use at all."""
+        """Return all rows that choices no worse than `options`, and of use, may have."""
         if not np.isfinite(self._least + self.bound):
             return [np.sort(unit.rows) for unit in self._units]
         u = self._multipliers
         functions = self._functions(u)
         marginals = self._tree.marginals(functions)
-        most = self._least + float(u @ self._bound) + _ROUNDING * self._losses
+        most = self._least + float(u @ self._bound) + 2 * self._noise(u)
         kept = []
         for unit, function, marginal in zip(self._units, functions, marginals, strict=True):
             more = unit.loss + unit.costs @ u - function.reshape(-1)[unit.keys]
@@ -132,7 +137,7 @@ class Relaxation:
             u[index] = 0.0
             return
         for _ in range(_STEPS):
-            meet = (right[0] - left[0]) / (left[1] - right[1])
+            meet = max((right[0] - left[0]) / (left[1] - right[1]), 0.0)
             here = line(meet)
             known, found = (value + meet * slope for value, slope in (left, here))
             if known - found <= _FLAT * abs(known) or time.monotonic() >= deadline:
@@ -149,12 +154,18 @@ class Relaxation:
         chosen = list(zip(self._units, places, strict=True))
         loss = sum(float(unit.loss[place]) for unit, place in chosen)
         over = np.sum([unit.costs[place] for unit, place in chosen], axis=0) - self._bound
-        if loss + float(u @ over) > self.bound:
-            self.bound, self._multipliers = loss + float(u @ over), u.copy()
+        bound = loss + float(u @ over) - self._noise(u)
+        if bound > self.bound:
+            self.bound, self._multipliers = bound, u.copy()
         options = tuple(int(unit.rows[place]) for unit, place in chosen)
         if loss < self._least and self._within(options):
-            self._least, self.options = loss, options
+            self._least, self.options, self.values = loss, options, values
         return loss, over
+
+    def _noise(self, u: Array) -> float:
+        """Return how much the sums over all tables may be off, as costs are scaled to 1."""
+        largest = self._losses + float(u @ (1 + np.abs(self._bound)))
+        return 4 * len(self._units) * float(np.finfo(np.float64).eps) * largest
 
     def _within(self, options: Options) -> bool:
         chosen = zip(self._tables, options, strict=True)
@@ -175,8 +186,8 @@ class _Unit:
         keys = table.keys(domains)[rows]
         order = np.argsort(keys, kind="stable")
         self.rows, self.keys = rows[order], keys[order]
-        self.loss = table.loss[self.rows] - table.loss.min()
-        self.costs = table.costs[self.rows][:, finite]
+        self.loss = np.asarray(table.loss[self.rows] - table.loss.min(), np.float64)
+        self.costs = np.array(table.costs[self.rows][:, finite], np.float64)
         self._scope = table.scope
         self._shape = [domains[v] for v in table.scope]
         self._states, self._starts = np.unique(self.keys, return_index=True)

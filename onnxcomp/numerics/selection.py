@@ -25,8 +25,8 @@ from onnxcomp.numerics.moments import Moments, RowMoments
 Array: TypeAlias = NDArray[np.float64]
 
 _DELAY = 16  # channels whose update of the inverse is applied in one product,
-_DELAYED = 144  # or as many as have this many columns
-_GRAM_VALUES = 2**24  # float32 values of channel contributions held at a time
+_DELAYED = 144  # or as many as have this many columns, where that is more
+_GRAM_VALUES = 2**24  # float32 values of contributions or products held at a time
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,8 @@ def output_basis(W: Array, metric: PatchMetric | None, rank: int) -> Factorizati
     """
     kernel, matrix = _matrix(W, metric, rank, "output_basis")
     Q, R = _spanned(matrix)
-    outputs = _few_outputs(R, metric)
-    if outputs is not None and rank <= len(outputs):
+    outputs = _few_outputs(R, metric, rank)
+    if outputs is not None:
         _, roots, modes = svd(outputs, full_matrices=False)
         energy, V = roots[:rank] ** 2, modes[:rank].T
     else:
@@ -85,7 +85,7 @@ def output_basis_errors(W: Array, metric: PatchMetric | None, top: int | None = 
     """Return the exact error at every rank 0..min(m, d), or only up to `top`."""
     _, matrix = _matrix(W, metric, 1, "output_basis")
     _, R = _spanned(matrix)
-    outputs = _few_outputs(R, metric)
+    outputs = _few_outputs(R, metric, 0)
     if outputs is not None:
         energy = np.zeros(len(R))
         energy[: len(outputs)] = svdvals(outputs) ** 2
@@ -307,9 +307,15 @@ def _spanned(matrix: Array) -> tuple[Array, Array]:
     return Q, R
 
 
-def _few_outputs(matrix: Array, metric: PatchMetric | None) -> Array | None:
-    """Return O with ``O^T O = matrix S matrix^T`` where S is of rows too few to form that."""
-    if not isinstance(metric, RowMoments) or 2 * metric.count > len(matrix):
+def _few_outputs(matrix: Array, metric: PatchMetric | None, rank: int) -> Array | None:
+    """Return O with ``O^T O = matrix S matrix^T``, or None.
+
+    Where S is of few rows, O's singular vectors are less work than that product's
+    eigenvectors; there are no more than rows.
+    """
+    if not isinstance(metric, RowMoments):
+        return None
+    if metric.count < rank or 2 * metric.count > len(matrix):
         return None
     return np.asarray(metric.outputs(matrix) / np.sqrt(metric.count))
 

@@ -175,7 +175,7 @@ class Allocator:
                 return best
             left = None if best is None else deadline.left
             try:
-                most = np.inf if best is None else goal.of(best)
+                most = np.inf if best is None or goal.column != _LOSS else best.loss
                 plan, estimate = self._solve(bound + slack, names, assumed, goal, most, left)
             except LimitError as error:
                 if best is not None:
@@ -243,7 +243,7 @@ class Allocator:
             names: Groups that may change.
             assumed: Widths of groups where a table has no room for them.
             goal: What to minimise.
-            most: What a plan may reach of it to be of use.
+            most: Loss above which a plan is of no use, where that is the goal.
             seconds: Time limit; None allows as much as it takes to find anything.
         """
         domains = {name: self._domain(name, goal.loss) for name in names}
@@ -262,7 +262,9 @@ class Allocator:
         tables = [table.table(goal.column) for table in [*rows, rest]]
         sizes = [len(domains[n]) for n in names]
         sizes += [len(choices) for choices in self._tables.choices.values()]
-        loss = np.inf if goal.column == _LOSS else goal.loss  # else `most` says the same
+        loss = (
+            np.inf if goal.column == _LOSS else goal.loss
+        )  # for the loss itself it is `most`
         found = self._allocate(sizes, tables, np.array([loss, *bound]), most, seconds)
         widths = {
             name: domains[name][value]

@@ -102,6 +102,14 @@ def test_choices_of_too_much_loss_are_of_no_use(problem, share):
     assert found.loss == pytest.approx(want, abs=1e-6)
 
 
+def test_only_what_is_known_is_said_where_loss_is_bounded():
+    table = Table((), np.zeros((2, 0), int), np.array([0, 1.0]), np.array([[1.0], [0]]))
+    with pytest.raises(LimitError, match="loses at most 5 was found"):
+        allocate([], [table], np.array([-1.0]), most=5.0)
+    with pytest.raises(LimitError, match="limit 0 is -1"):
+        allocate([], [table], np.array([-1.0]))
+
+
 def test_variables_tie_their_tables_together():
     """Each table alone prefers another value; together the total decides."""
     states = np.array([[0], [1]])
@@ -246,6 +254,8 @@ def test_only_rows_beaten_within_their_state_are_dropped():
 
 def test_misfits_are_named():
     good = Table((), np.zeros((2, 0), int), np.zeros(2), np.zeros((2, 1)))
+    with pytest.raises(ParameterError, match="domains"):
+        allocate([0], [good], np.array([1.0]))
     limits = np.array([1.0])
     for bad, what in (
         (Table((0, 0), np.zeros((2, 2), int), np.zeros(2), np.zeros((2, 1))), "scope"),

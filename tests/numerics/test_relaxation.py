@@ -101,3 +101,43 @@ def test_without_time_there_is_no_bound_and_everything_stays():
     assert found.bound == -np.inf
     assert found.options is None
     assert [len(rows) for rows in found.rows()] == [len(t.loss) for t in tables]
+
+
+def test_limits_at_the_least_cost_lose_nothing_to_rounding():
+    """Beside a large constant, where every multiplier beyond some is as good."""
+    for seed in range(10, 20):
+        rng = np.random.default_rng(seed)
+        none = np.zeros((2, 0), int)
+        tables = [Table((), none, rng.random(2), rng.random((2, 1))) for _ in range(100)]
+        tables.insert(0, Table((), none[:1], np.zeros(1), rng.random((1, 1)) * 2e4))
+        cheapest = [int(np.argmin(table.costs[:, 0])) for table in tables]
+        chosen = list(zip(tables, cheapest, strict=True))
+        limits = np.sum([t.costs[i] for t, i in chosen], axis=0)
+        found = relaxed([], tables, limits)
+        assert found.options == tuple(cheapest)
+        assert all(i in rows for i, rows in zip(cheapest, found.rows(), strict=True))
+        loss = sum(t.loss[i] for t, i in chosen)
+        assert found.bound <= loss - floor(tables)
+        assert allocate([], tables, limits, relative_gap=0).loss == pytest.approx(loss)
+
+
+def test_every_violated_limit_is_raised_from_nothing():
+    """Of three limits only the first has a price where L is largest."""
+    met = 0
+    for seed in range(170, 200):
+        rng = np.random.default_rng(seed)
+        none = np.zeros((4, 0), int)
+        tables = [Table((), none, rng.random(4), rng.random((4, 3))) for _ in range(4)]
+        limits = np.array([1.6, 1.8, 1.8])
+        want, _ = brute_force([], tables, limits)
+        met += relaxed([], tables, limits).options is not None
+        if np.isfinite(want):
+            found = allocate([], tables, limits, relative_gap=0)
+            assert found.loss == pytest.approx(want, abs=1e-6)
+    assert met >= 15
+
+
+def test_whole_numbers_are_as_good_as_floats():
+    none = np.zeros((2, 0), int)
+    table = Table((), none, np.array([0, 1]), np.array([[1], [0]]))
+    assert relaxed([], [table], np.array([0.5])).options == (1,)
