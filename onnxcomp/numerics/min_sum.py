@@ -13,7 +13,7 @@ R. Dechter, Bucket elimination: a unifying framework for reasoning, Artificial I
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import inf, prod
 from typing import TypeAlias
 
 import numpy as np
@@ -21,12 +21,15 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float64]
 
+_MOST_AXES = 32  # as many as any NumPy allows
+
 
 class MinSum:
     """An order in which to eliminate the variables of functions with given scopes.
 
     Attributes:
-        size: Values of all cliques together; memory and time are in proportion.
+        size: Values of all cliques together, to which memory and time are in proportion;
+            infinite where a clique has too many variables for an array.
     """
 
     def __init__(self, domains: Sequence[int], scopes: Sequence[Sequence[int]]) -> None:
@@ -60,7 +63,9 @@ class MinSum:
         self._parents = [
             min((place[v] for v in clique[:-1]), default=-1) for clique in self._cliques
         ]
-        self.size = sum(map(self._size, self._cliques))
+        widest = max(map(len, self._cliques), default=0)
+        sizes = map(self._size, self._cliques)
+        self.size = float(sum(sizes)) if widest <= _MOST_AXES else inf
 
     def minimum(self, functions: Sequence[Array]) -> tuple[float, tuple[int, ...]]:
         """Return the least sum and values of the variables that have it; inf if every sum is.

@@ -141,3 +141,15 @@ def test_whole_numbers_are_as_good_as_floats():
     none = np.zeros((2, 0), int)
     table = Table((), none, np.array([0, 1]), np.array([[1], [0]]))
     assert relaxed([], [table], np.array([0.5])).options == (1,)
+
+
+def test_entangled_variables_are_left_to_the_programme():
+    """Every two of 40 variables share a table: too many axes for one clique."""
+    pairs = [(a, b) for b in range(40) for a in range(b)]
+    states = np.zeros((2, 2), int)
+    tables = [Table(p, states, np.array([0.0, 1]), np.array([[1.0], [0]])) for p in pairs]
+    limits = np.array([len(pairs) - 1.0])
+    found = relaxed([1] * 40, tables, limits)
+    assert found.options is None
+    assert found.bound == -np.inf
+    assert allocate([1] * 40, tables, limits).loss == 1.0
