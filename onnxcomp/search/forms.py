@@ -8,7 +8,10 @@ import numpy as np
 
 from onnxcomp.analysis.linear import Linear
 from onnxcomp.analysis.moments import SecondMoments, why_rows
+from onnxcomp.model import Array
 from onnxcomp.numerics.moments import RowMoments
+from onnxcomp.parallel import ordered_map
+from onnxcomp.passes import NODE_PASSES
 from onnxcomp.passes.base import Option
 from onnxcomp.passes.substitute_operators import BYPASS
 from onnxcomp.search.space import Space
@@ -24,6 +27,23 @@ def fitted(options: Sequence[Option], metric: SecondMoments) -> tuple[list[Optio
     missing = dict.fromkeys(o.form for o in options if o.form not in _OF_ROWS)
     reason = f"{', '.join(missing)} cannot be fitted: {why_rows(metric)}" if missing else ""
     return [option for option in options if option.form in _OF_ROWS], reason
+
+
+def own_errors(
+    options: Sequence[Option], kernel: Array, metric: SecondMoments, *, threads: int
+) -> dict[Option, float]:
+    """Return the error of a node's own output under every option, several forms at once."""
+    forms: dict[tuple[str, str], list[Option]] = {}
+    for option in options:
+        forms.setdefault((option.method, option.form), []).append(option)
+
+    def of(same: Sequence[Option]) -> Mapping[Option, float]:
+        return NODE_PASSES[same[0].method].errors(same, kernel, metric)
+
+    longest_first = list(forms.values())[::-1]  # operators are solved one by one
+    found = ordered_map(of, longest_first, at_once=threads)
+    errors = {option: error for each in found for option, error in each.items()}
+    return {option: errors[option] for option in options}
 
 
 def efficient(space: Space, linear: Linear, errors: Mapping[Option, float]) -> list[Option]:

@@ -32,21 +32,17 @@ from onnxcomp.passes.base import Option, Refusal
 from onnxcomp.runtime import Session
 from onnxcomp.search.bypass import BypassMeter
 from onnxcomp.search.effort import apart
-from onnxcomp.search.forms import efficient, fitted
+from onnxcomp.search.forms import efficient, fitted, own_errors
 from onnxcomp.search.losses import LATE, Losses
 from onnxcomp.search.outputs import OutputMeter
-from onnxcomp.search.refits import (
-    group_readers,
-    like_bias,
-    solve_dense,
-    without_inputs,
-)
+from onnxcomp.search.refits import group_readers, like_bias, solve_dense, without_inputs
 from onnxcomp.search.space import Space
 from onnxcomp.search.store import Store
 from onnxcomp.search.trials import Trials
 from onnxcomp.search.twins import Twins
 
 _MEASURED = 4  # options measured per node or group; the others are interpolated
+_LARGE = 2**25  # weights of a node beyond which one solution at a time is enough to hold
 _HOPELESS = 0.5  # share of the output's variance; options with a larger error are left out
 Index = npt.NDArray[np.int64]
 _Choice = TypeVar("_Choice")
@@ -190,15 +186,17 @@ class LossMeter:
                 complete[name] = seen
                 del waiting[name]
         works: list[tuple[str, str, Callable[[], None]]] = []
+        at_once = self._threads if self._model.weights[linear.weight].size <= _LARGE else 1
         if forms or any(len(seen) == 1 for seen in complete.values()):
             trials = self._trials(twins, linear, metrics)
         if forms:
-            measure = partial(self._measure_forms, twins, linear, metrics[0], trials)
+            measure = partial(self._measure_forms, twins, linear, metrics[0], trials, at_once)
             works.append(("forms", linear.id, measure))
         for name, seen in complete.items():
             own = trials if len(seen) == 1 else None
-            works.append(("widths", name, partial(self._measure_group, name, seen, own)))
-        done = ordered_map(lambda work: self._in_time(*work), works, at_once=self._threads)
+            measure = partial(self._measure_group, name, seen, own, at_once)
+            works.append(("widths", name, measure))
+        done = ordered_map(lambda work: self._in_time(*work), works, at_once=at_once)
         for (kind, name, _), in_time in zip(works, done, strict=True):
             if in_time:
                 self._remember(kind, name)
@@ -270,14 +268,19 @@ class LossMeter:
         return collect_moments(linear, xs, ys, rng, threads=self._threads)
 
     def _measure_forms(
-        self, twins: Twins, linear: Linear, metric: SecondMoments, trials: Trials
+        self,
+        twins: Twins,
+        linear: Linear,
+        metric: SecondMoments,
+        trials: Trials,
+        at_once: int,
     ) -> None:
         """Measure some of a node's forms and interpolate the rest."""
         kernel = linear.kernel(self._model.weights[linear.weight])
         options, missing = fitted(self._space.forms[linear.id], metric)
         if missing:
             self._refusals["forms", linear.id] = missing
-        errors = self._errors(options, kernel, metric)
+        errors = own_errors(options, kernel, metric, threads=self._threads)
         matrix = kernel.reshape(len(kernel), -1)
         bound = _HOPELESS * float(np.vdot(matrix, metric.times(matrix)))
         kept = efficient(self._space, linear, {o: e for o, e in errors.items() if e <= bound})
@@ -299,26 +302,10 @@ class LossMeter:
             return trials.of(own, bias) - trials.without
 
         points = {option: errors[option] for option in kept}
-        found = self._interpolated(points, dense, lost)
+        found = self._interpolated(points, dense, lost, at_once)
         self._forms |= found
         if not found and not passed:
             self._refuse_forms(linear, "makes the outputs overflow")
-
-    def _errors(
-        self, options: Sequence[Option], kernel: Array, metric: SecondMoments
-    ) -> dict[Option, float]:
-        """Return the error of a node's own output under every option, form by form."""
-        forms: dict[tuple[str, str], list[Option]] = {}
-        for option in options:
-            forms.setdefault((option.method, option.form), []).append(option)
-
-        def of(same: Sequence[Option]) -> Mapping[Option, float]:
-            return NODE_PASSES[same[0].method].errors(same, kernel, metric)
-
-        longest_first = list(forms.values())[::-1]  # operators are solved one by one
-        found = ordered_map(of, longest_first, at_once=self._threads)
-        errors = {option: error for each in found for option, error in each.items()}
-        return {option: errors[option] for option in options}
 
     def _refuse_forms(self, linear: Linear, reason: str) -> None:
         """Say what is wrong with all of a node's forms that can be fitted."""
@@ -337,6 +324,7 @@ class LossMeter:
         name: str,
         metrics: Mapping[str, tuple[SecondMoments, ...]],
         trials: Trials | None,
+        at_once: int,
     ) -> None:
         """Order a group's channels by elimination and measure some of its widths.
 
@@ -344,6 +332,7 @@ class LossMeter:
             name: The group.
             metrics: Moments of every reader, per convolution group.
             trials: Runs behind the reader, where there is only one.
+            at_once: Widths that are solved at the same time.
         """
         if not metrics:
             self._refusals["widths", name] = "no linear node reads its channels"
@@ -371,7 +360,7 @@ class LossMeter:
             error, without = trials.of_weights, trials.without
         points = {w: float(order.losses[group.size - w]) for w in self._space.widths[name]}
         self._widths[name] = self._interpolated(
-            points, refitted, lambda own: error(own) - without
+            points, refitted, lambda own: error(own) - without, at_once
         )
         self._orders[name] = order
 
@@ -380,6 +369,7 @@ class LossMeter:
         points: Mapping[_Choice, float],
         solve: Callable[[_Choice], _Solved],
         loss: Callable[[_Solved], float],
+        at_once: int,
     ) -> dict[_Choice, float]:
         """Measure some choices, while the next are solved, and interpolate the rest."""
 
@@ -388,7 +378,7 @@ class LossMeter:
             return solve(choice)
 
         picked = spread(points, _MEASURED)
-        solved = ordered_map(in_time, picked, at_once=self._threads)
+        solved = ordered_map(in_time, picked, at_once=at_once)
         measured = {c: loss(own) for c, own in zip(picked, solved, strict=True)}
         return interpolated(points, measured)
 

@@ -1,5 +1,8 @@
 """Measured losses are those of the models in which only that option was applied."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 
@@ -181,6 +184,33 @@ def test_losses_do_not_depend_on_the_number_of_threads(name):
     assert several.refusals == one.refusals
     orders = {group: found.order.tolist() for group, found in one.orders.items()}
     assert {group: found.order.tolist() for group, found in several.orders.items()} == orders
+
+
+def test_large_nodes_are_solved_one_option_at_a_time(monkeypatch):
+    """So that no more than one dense solution is held; the losses are the same."""
+    lab = Lab.of(CASES["residual"](), kinds=KINDS, step=4)
+    running, most, lock = 0, 0, threading.Lock()
+
+    def counted(self, *args):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.002)
+        found = fit(self, *args)
+        with lock:
+            running -= 1
+        return found
+
+    fit = Factorize.fit
+    monkeypatch.setattr(Factorize, "fit", counted)
+    want = lab.meter(threads=2).run()
+    assert most == 2
+    most = 0
+    monkeypatch.setattr(module, "_LARGE", 0)
+    found = lab.meter(threads=2).run()
+    assert most == 1
+    assert (found.forms, found.widths) == (want.forms, want.widths)
 
 
 def test_a_node_and_its_group_of_the_same_name_are_both_refused():
