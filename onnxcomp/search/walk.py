@@ -179,23 +179,26 @@ class Walk:
     def _fit(self, site: _Site, kernel: Array) -> Solved:
         """Solve a node against the original's outputs, then against what a Relu passes on."""
         linear = site.linear
-        bias = np.asarray(self._model.weights[linear.bias], np.float64).reshape(-1)
-        inputs, outputs = site.inputs, site.outputs
-        alone = identity_moments(linear, kernel, bias, inputs=inputs, outputs=outputs)
         if not self._data_aware:
-            return self._solve(site, kernel, alone)
+            return self._solve(site, kernel, self._alone(site, kernel))
         self._twins.advance(linear)
         xs, targets = self._twins.inputs(linear), self._twins.targets(linear)
         try:
             metrics = self._collected(site, xs, targets)
         except DataError as error:  # such as a mask of -inf in front of the node
             _log.warning("'%s' is not refitted: %s", linear.id, error)
-            return self._solve(site, kernel, alone)
+            return self._solve(site, kernel, self._alone(site, kernel))
         solved = self._solve(site, kernel, metrics)
         bypassed = site.option is not None and site.option.form == BYPASS
         if linear.groups > 1 or bypassed or not self._twins.rectified(linear):
             return solved
         return self._refit_rectified(site, solved, targets)
+
+    def _alone(self, site: _Site, kernel: Array) -> tuple[SecondMoments, ...]:
+        """Return moments under which a node's solution comes from its weights alone."""
+        linear, inputs, outputs = site.linear, site.inputs, site.outputs
+        bias = np.asarray(self._model.weights[linear.bias], np.float64).reshape(-1)
+        return identity_moments(linear, kernel, bias, inputs=inputs, outputs=outputs)
 
     def _refit_rectified(self, site: _Site, first: Solved, targets: list[Array]) -> Solved:
         """Solve once more where a Relu follows; keep it if the Relu's output is nearer.
