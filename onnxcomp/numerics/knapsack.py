@@ -27,7 +27,7 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from scipy.sparse import csr_array, vstack
 
 from onnxcomp.errors import LimitError, ParameterError
-from onnxcomp.numerics.option_tables import Rows, Table
+from onnxcomp.numerics.option_tables import Rows, Table, totals
 from onnxcomp.numerics.relaxation import Relaxation
 
 Array: TypeAlias = NDArray[np.float64]
@@ -164,7 +164,7 @@ def _relaxed(
             raise _useless(most)
         return None, rows
     gap = _gap(losses, options, relaxation.bound)
-    return Allocation(relaxation.values, options, *_totals(tables, options), gap), rows
+    return Allocation(relaxation.values, options, *totals(tables, options), gap), rows
 
 
 def _useless(most: float) -> LimitError:
@@ -179,13 +179,6 @@ def _excess(losses: Sequence[Array], options: Sequence[int]) -> float:
 def _gap(losses: Sequence[Array], options: Sequence[int], bound: float) -> float:
     excess = _excess(losses, options)
     return min(max((excess - bound) / excess, 0.0), 1.0) if excess > 0 else 0.0
-
-
-def _totals(tables: Sequence[Table], options: Sequence[int]) -> tuple[float, Array]:
-    """Return the summed loss and costs of one row per table."""
-    chosen = list(zip(tables, options, strict=True))
-    loss = sum(float(table.loss[i]) for table, i in chosen)
-    return loss, np.sum([table.costs[i] for table, i in chosen], axis=0, dtype=np.float64)
 
 
 def _solve(
@@ -215,7 +208,7 @@ def _solve(
                 raise programme.explain(limits)
             break
         values, options = programme.read(result.x)
-        loss, costs = _totals(programme.tables, options)
+        loss, costs = totals(programme.tables, options)
         over = costs - limits
         if not (over > _ROUNDING * np.abs(limits)).any():
             bound = float(result.mip_dual_bound or 0.0) * scale / _SCALE
@@ -321,7 +314,7 @@ class _Programme:
             result = self.minimise(costs * (_SCALE / size), under, _EXPLAIN_S, 0.0)
             if result.x is None:
                 break
-            smallest = float(_totals(self.tables, self.read(result.x)[1])[1][index])
+            smallest = float(totals(self.tables, self.read(result.x)[1])[1][index])
             if smallest > limits[index]:
                 besides = f" under limits {held}" if held else ""
                 return LimitError(

@@ -77,3 +77,10 @@ class Table:
                 f"below the domains' sizes {sizes.tolist()}",
                 self.states.max(0),
             )
+
+
+def totals(tables: Sequence[Table], options: Sequence[int]) -> tuple[float, Array]:
+    """Return the summed loss and costs of one row per table."""
+    chosen = list(zip(tables, options, strict=True))
+    loss = sum(float(table.loss[i]) for table, i in chosen)
+    return loss, np.sum([table.costs[i] for table, i in chosen], axis=0, dtype=np.float64)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxcomp.numerics.min_sum import MinSum
-from onnxcomp.numerics.option_tables import Rows, Table
+from onnxcomp.numerics.option_tables import Rows, Table, totals
 
 Array: TypeAlias = NDArray[np.float64]
 Options: TypeAlias = tuple[int, ...]
@@ -158,7 +158,7 @@ class Relaxation:
         if bound > self.bound:
             self.bound, self._multipliers = bound, u.copy()
         options = tuple(int(unit.rows[place]) for unit, place in chosen)
-        if loss < self._least and self._within(options):
+        if loss < self._least and (totals(self._tables, options)[1] <= self._limits).all():
             self._least, self.options, self.values = loss, options, values
         return loss, over
 
@@ -166,10 +166,6 @@ class Relaxation:
         """Return how much the sums over all tables may be off, as costs are scaled to 1."""
         largest = self._losses + float(u @ (1 + np.abs(self._bound)))
         return 4 * len(self._units) * float(np.finfo(np.float64).eps) * largest
-
-    def _within(self, options: Options) -> bool:
-        chosen = zip(self._tables, options, strict=True)
-        return bool((np.sum([t.costs[i] for t, i in chosen], axis=0) <= self._limits).all())
 
 
 class _Unit:

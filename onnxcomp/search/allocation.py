@@ -175,8 +175,7 @@ class Allocator:
                 return best
             left = None if best is None else deadline.left
             try:
-                most = np.inf if best is None or goal.column != _LOSS else best.loss
-                plan, estimate = self._solve(bound + slack, names, assumed, goal, most, left)
+                plan, estimate = self._solve(bound + slack, names, assumed, goal, left)
             except LimitError as error:
                 if best is not None:
                     return best
@@ -233,7 +232,6 @@ class Allocator:
         names: Sequence[str],
         assumed: Mapping[str, int],
         goal: _Goal,
-        most: float,
         seconds: float | None,
     ) -> tuple[Plan, Row]:
         """Solve one programme; return its plan and what it believes the plan costs.
@@ -243,7 +241,6 @@ class Allocator:
             names: Groups that may change.
             assumed: Widths of groups where a table has no room for them.
             goal: What to minimise.
-            most: Loss above which a plan is of no use, where that is the goal.
             seconds: Time limit; None allows as much as it takes to find anything.
         """
         domains = {name: self._domain(name, goal.loss) for name in names}
@@ -262,9 +259,8 @@ class Allocator:
         tables = [table.table(goal.column) for table in [*rows, rest]]
         sizes = [len(domains[n]) for n in names]
         sizes += [len(choices) for choices in self._tables.choices.values()]
-        loss = (
-            np.inf if goal.column == _LOSS else goal.loss
-        )  # for the loss itself it is `most`
+        # a bound on what is minimised is no limit beside it
+        loss, most = (np.inf, goal.loss) if goal.column == _LOSS else (goal.loss, np.inf)
         found = self._allocate(sizes, tables, np.array([loss, *bound]), most, seconds)
         widths = {
             name: domains[name][value]
@@ -299,8 +295,9 @@ class Allocator:
         """Solve in so many seconds; without, in as many as it takes to find anything."""
 
         def solved(seconds: float) -> Allocation:
-            limit = {"time_limit_s": seconds, "relative_gap": _GAP, "most": most}
-            return allocate(sizes, tables, limits, **limit)
+            return allocate(
+                sizes, tables, limits, time_limit_s=seconds, relative_gap=_GAP, most=most
+            )
 
         if seconds is not None:
             return solved(seconds)
